@@ -1,0 +1,1 @@
+"""Baton's HTTP surface: routes, bodies, SSE framing, authentication. Imports `pipeline`, never `workers`."""

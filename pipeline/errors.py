@@ -1,0 +1,148 @@
+"""The one tree of Baton's errors. `code` is stable and machine-readable; `retryable` says whether the same call may succeed later.
+
+BatonError
+├── InvalidRequest            bad input; `param` names the JSON path
+│   ├── ContextLengthExceeded
+│   └── ModelNotFound
+├── Refused                   not admitted; `retry_after_s` says when to come again
+│   ├── QueueFull
+│   └── Draining
+├── DeadlineExceeded          the request's time ran out; `stage` says where
+├── RequestFailed             accepted, then ended as failed or dead-lettered
+├── EngineError
+│   ├── Unservable            this engine cannot serve the model or the request, ever
+│   ├── KVLost                the blocks behind a handle are not what the handle says; recompute
+│   └── EngineDied            the engine's process ended or stalled
+├── TransferError             a transfer cannot start (no space, no permission)
+├── WireError                 bytes that are not what the protocol says
+├── RedisUnavailable          no answer from Redis within the limit
+└── ConfigError               the configuration is wrong; names the key and where it came from
+"""
+
+from __future__ import annotations
+
+
+class BatonError(Exception):
+    """Base of all errors that Baton raises on purpose."""
+
+    code: str = "internal_error"
+    retryable: bool = False
+
+
+class InvalidRequest(BatonError):
+    """The request is wrong and will stay wrong."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and output do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(InvalidRequest):
+    """No pool of that name is configured."""
+
+    code = "model_not_found"
+
+
+class Refused(BatonError):
+    """Not admitted; nothing was stored."""
+
+    code = "refused"
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(Refused):
+    """The lane holds as many tasks or prompt tokens as it may."""
+
+    code = "overloaded"
+
+
+class Draining(Refused):
+    """This process is leaving; another one takes the request."""
+
+    code = "draining"
+
+
+class DeadlineExceeded(BatonError):
+    """The request's deadline passed before it was done."""
+
+    code = "queue_timeout"
+    retryable = True
+
+    def __init__(self, message: str, *, stage: str) -> None:
+        super().__init__(message)
+        self.stage = stage
+
+
+class RequestFailed(BatonError):
+    """An accepted request ended as failed."""
+
+    code = "request_failed"
+
+
+class EngineError(BatonError):
+    """Base of what engines raise."""
+
+    code = "engine_error"
+
+
+class Unservable(EngineError):
+    """This engine cannot serve the model or request; the message says why."""
+
+    code = "unservable"
+
+
+class KVLost(EngineError):
+    """A handle's blocks are gone or wrong. `reason`: gone, generation, layout, digest."""
+
+    code = "kv_lost"
+    retryable = True
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class EngineDied(EngineError):
+    """The engine's process ended or stalled; its tasks are handed back."""
+
+    code = "engine_died"
+    retryable = True
+
+
+class TransferError(BatonError):
+    """A transfer cannot do its work on this machine."""
+
+    code = "transfer_error"
+
+
+class WireError(BatonError):
+    """Bytes that do not follow the protocol; the message holds the path of the field."""
+
+    code = "wire_error"
+
+
+class RedisUnavailable(BatonError):
+    """Redis did not answer within the limit."""
+
+    code = "redis_unavailable"
+    retryable = True
+
+
+class ConfigError(BatonError):
+    """A key of the configuration is unknown, missing or of the wrong type."""
+
+    code = "config_error"

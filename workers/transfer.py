@@ -1,0 +1,81 @@
+"""The contract of a transfer: moves the blocks of a request from the engine that computed them to the one that decodes.
+
+Who owns what: the exporting side owns the exported bytes until `release`. A handle is a claim check: it names the place,
+its generation and the layout; the fetching side copies and compares, and raises `KVLost` rather than use wrong bytes.
+The engine says where the blocks are in its memory (`BlockSource`, `BlockSink`); the transfer never learns what they mean.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from pipeline.protocol import KVHandle
+
+
+class BlockSource(Protocol):
+    """Blocks to export, in order of the request's block table."""
+
+    request_id: str
+    layout: str  # fingerprint, copied into the handle
+    num_tokens: int  # tokens whose keys and values the blocks hold
+    num_blocks: int
+    nbytes: int  # of all blocks, gathered
+    cached_tokens: int
+
+    def gather(self, out: memoryview) -> None:
+        """Write all blocks, in order and without gaps, into `out` (format "B", length `nbytes`)."""
+        ...
+
+
+class BlockSink(Protocol):
+    """Blocks of the fetching engine that take the bytes in."""
+
+    layout: str
+    nbytes: int
+
+    def scatter(self, data: memoryview) -> None:
+        """Read all blocks, in order and without gaps, from `data` (format "B", length `nbytes`)."""
+        ...
+
+
+class TransferStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A moment of a transfer."""
+
+    handles: int = 0  # exported, not released
+    bytes_used: int = 0
+    bytes_free: int = 0
+    exported_bytes_total: int = 0
+    fetched_bytes_total: int = 0
+
+
+class Transfer(Protocol):
+    """See the module's docstring. Methods are called from one event loop; long copies leave it free (a thread)."""
+
+    async def start(self) -> None:
+        """Take what is needed (memory, sockets). Raises `TransferError` naming what is missing and how to mend it."""
+        ...
+
+    async def export(self, blocks: BlockSource) -> KVHandle:
+        """Publish the blocks; the handle is valid at once. Waits while there is no room for them.
+
+        Raises `TransferError` where they can never fit.
+        """
+        ...
+
+    async def fetch(self, handle: KVHandle, into: BlockSink) -> None:
+        """Copy the blocks in. Raises `KVLost` with reason gone, generation, layout or digest; `into` is then undefined."""
+        ...
+
+    async def release(self, handle_id: str) -> None:
+        """Free an export. Unknown ids are ignored."""
+        ...
+
+    def stats(self) -> TransferStats:
+        """Figures now; never blocks."""
+        ...
+
+    async def close(self) -> None:
+        """Give everything back. May be called twice."""
+        ...

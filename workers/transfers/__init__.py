@@ -1,0 +1,1 @@
+"""Implementations of `workers.transfer.Transfer`."""
