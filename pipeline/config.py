@@ -132,7 +132,7 @@ class Settings(Section, frozen=True, kw_only=True):
     """The whole of `config.toml`; only `main` functions hold it."""
 
     redis: RedisSettings = RedisSettings()
-    pools: dict[str, PoolSettings] = {"baton-tiny": PoolSettings()}
+    pools: dict[str, PoolSettings] = msgspec.field(default_factory=lambda: {"baton-tiny": PoolSettings()})
     api: ApiSettings = ApiSettings()
     router: RouterSettings = RouterSettings()
     queue: QueueSettings = QueueSettings()

@@ -168,6 +168,7 @@ class EndItem(msgspec.Struct, frozen=True, array_like=True, tag="e"):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    stage: str
 
 
 FrameItem = TokenItem | EndItem

@@ -1,0 +1,191 @@
+"""The only module that imports the Redis library: commands, scripts and subscriptions with limits on every wait.
+
+redis-py's own defaults (5 s socket time-out and ten silent retries) break blocking reads and repeat commands that are not
+safe to repeat; here the library never retries. Scripts are repeated, because each may be called twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from importlib import resources
+from typing import Any
+
+import redis.asyncio
+from redis import exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from pipeline.config import RedisSettings
+from pipeline.errors import QueueFull, RedisUnavailable
+from pipeline.keys import lua_prelude
+
+_LOST = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError, OSError)
+
+Arg = str | bytes | int | float
+
+
+class Script:
+    """A Lua script of `pipeline/scripts`, with the key names and the shared functions in front of it."""
+
+    def __init__(self, name: str) -> None:
+        folder = resources.files("pipeline") / "scripts"
+        parts = (lua_prelude(), (folder / "_lib.lua").read_text(), (folder / f"{name}.lua").read_text())
+        self.name = name
+        self.source = "\n".join(parts)
+        self.sha = ""
+
+
+class Connection:
+    """Commands and scripts over a pool of connections; `subscribe` opens one of its own."""
+
+    def __init__(self, settings: RedisSettings) -> None:
+        self._settings = settings
+        self._client = _client(settings, settings.timeout_s)
+        self._subscriptions: list[Subscription] = []
+
+    async def call(self, script: Script, root: str, *args: Arg) -> Any:
+        """Run a script; repeats it after a lost connection until `timeout_s` is over, then raises `RedisUnavailable`.
+
+        Raises `QueueFull` when Redis refuses the write because its memory is full.
+        """
+        give_up = time.monotonic() + self._settings.timeout_s
+        delay_s = 0.02
+        while True:
+            try:
+                return await self._evaluate(script, root, args)
+            except exceptions.OutOfMemoryError as error:
+                raise QueueFull(
+                    f"Redis is out of memory ({script.name}): nothing was stored, try again later", retry_after_s=5.0
+                ) from error
+            except exceptions.AuthenticationError:
+                raise
+            except _LOST as error:
+                if time.monotonic() + delay_s > give_up:
+                    raise RedisUnavailable(
+                        f"no answer from Redis to {script.name} within {self._settings.timeout_s:g} s: {error}"
+                    ) from error
+                await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
+                delay_s = min(delay_s * 2, 1.0)
+
+    async def _evaluate(self, script: Script, root: str, args: Sequence[Arg]) -> Any:
+        if not script.sha:
+            script.sha = await self._client.script_load(script.source)
+        try:
+            return await self._execute("EVALSHA", script.sha, 1, root, *args)
+        except exceptions.NoScriptError:  # the server was restarted or flushed its scripts
+            script.sha = await self._client.script_load(script.source)
+            return await self._execute("EVALSHA", script.sha, 1, root, *args)
+
+    async def _execute(self, *args: Arg) -> Any:
+        return await self._client.execute_command(*args)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+
+    async def command(self, *args: Arg) -> Any:
+        """One plain command that is safe to lose. Raises `RedisUnavailable`."""
+        try:
+            return await self._execute(*args)
+        except _LOST as error:
+            raise RedisUnavailable(f"no answer from Redis to {args[0]!s}: {error}") from error
+
+    async def commands(self, *rows: Sequence[Arg]) -> list[Any]:
+        """Several plain commands in one round trip, not atomic. Raises `RedisUnavailable`."""
+        try:
+            async with self._client.pipeline(transaction=False) as pipe:
+                for row in rows:
+                    pipe.execute_command(*row)
+                return list(await pipe.execute())
+        except _LOST as error:
+            raise RedisUnavailable(f"no answer from Redis to {rows[0][0]!s}: {error}") from error
+
+    async def subscribe(self, *channels: str) -> Subscription:
+        """A subscription that is already in force when this returns."""
+        subscription = Subscription(self._settings, channels)
+        await subscription.start()
+        self._subscriptions.append(subscription)
+        return subscription
+
+    async def close(self) -> None:
+        """Close all connections. May be called twice."""
+        for subscription in self._subscriptions:
+            await subscription.close()
+        self._subscriptions.clear()
+        await self._client.aclose()
+
+
+class Subscription:
+    """Messages of some channels. Loss is silent in Redis, so every (re)subscription yields None: read what you may have missed."""
+
+    def __init__(self, settings: RedisSettings, channels: Sequence[str]) -> None:
+        self._settings = settings
+        self._client = _client(settings, None)
+        self._pubsub = self._client.pubsub()
+        self._channels = set(channels)
+
+    async def start(self) -> None:
+        """Subscribe and wait for Redis to say so. Raises `RedisUnavailable`."""
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                await self._pubsub.subscribe(*self._channels)
+                for _ in self._channels:
+                    await self._pubsub.parse_response(block=True)
+        except _LOST as error:
+            raise RedisUnavailable(f"cannot subscribe to {sorted(self._channels)}: {error}") from error
+
+    async def add(self, channel: str) -> None:
+        """Subscribe to one more channel; its confirmation arrives as a None message."""
+        self._channels.add(channel)
+        await self._pubsub.subscribe(channel)
+
+    async def remove(self, channel: str) -> None:
+        """Unsubscribe from one channel."""
+        self._channels.discard(channel)
+        await self._pubsub.unsubscribe(channel)
+
+    async def messages(self) -> AsyncIterator[tuple[str, bytes] | None]:
+        """(channel, data) of each message; None whenever the subscription was made anew. Ends when closed."""
+        delay_s = 0.02
+        while True:
+            try:
+                reply = await self._pubsub.parse_response(block=True)
+                delay_s = 0.02
+            except _LOST:
+                if await self._reconnect_after(delay_s):
+                    yield None
+                delay_s = min(delay_s * 2, 1.0)
+                continue
+            if reply is None:
+                continue
+            kind = reply[0]
+            if kind == b"message":
+                yield reply[1].decode(), reply[2]
+            elif kind == b"subscribe":
+                yield None
+
+    async def _reconnect_after(self, delay_s: float) -> bool:
+        await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
+        try:
+            await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+            self._pubsub = self._client.pubsub()
+            await self._pubsub.subscribe(*self._channels)
+        except _LOST:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Close the connection; a running `messages` ends with its task. May be called twice."""
+        await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+        await self._client.aclose()
+
+
+def _client(settings: RedisSettings, timeout_s: float | None) -> redis.asyncio.Redis:
+    options: dict[str, Any] = {} if settings.url.startswith("unix") else {"socket_keepalive": True}
+    return redis.asyncio.Redis.from_url(
+        settings.url,
+        **options,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=settings.timeout_s,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
+    )

@@ -1,0 +1,129 @@
+"""Every Redis key and channel of Baton, with its type, its owner (who creates and deletes it) and its life.
+
+All keys of a pool begin with `{pool}:`, so that a pool lies on one node of a cluster and scripts may touch several of them.
+The Lua scripts get the same names from `lua_prelude`: this table is their only source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+GROUP = "workers"  # the one consumer group of every lane
+PARKED = (
+    "-"  # the consumer that holds deliveries which nobody works on: passed over, handed back, or lost by a dead worker
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KeySpec:
+    """One row of the key table; `{0}`, `{1}` in the template are the arguments."""
+
+    template: str
+    kind: str
+    owner: str
+    life: str
+
+
+TABLE: dict[str, KeySpec] = {
+    "req": KeySpec("req:{0}", "hash", "admit", "no TTL while it lives; the end sets `queue.result_ttl_s`"),
+    "log": KeySpec("log:{0}:{1}", "string of packed u32", "handover, step", "as its request"),
+    "lane": KeySpec("q:{0}:{1}", "stream", "admit, handover", "kept; an entry is deleted when acked"),
+    "deadlines": KeySpec("deadlines", "zset id -> ms", "admit", "member until the request ends"),
+    "counters": KeySpec("counters", "hash", "all scripts", "kept"),
+    "settings": KeySpec("settings", "hash", "operator", "kept"),
+    "alive": KeySpec("alive:{0}", "zset name -> expiry ms", "renew", "member until the sweep finds it expired"),
+    "worker": KeySpec("worker:{0}", "hash", "renew, claim", "three leases after the last renewal"),
+    "idem": KeySpec("idem:{0}", "string id", "admit", "as its request"),
+    "dead": KeySpec("dead", "stream", "sweep", "last 10,000"),
+    "sweep": KeySpec("sweep", "string", "sweep", "one sweep interval: one sweeper at a time"),
+    "bus": KeySpec("bus:{0}", "channel", "-", "frames for one API process"),
+    "tok": KeySpec("tok:{0}", "channel", "-", "frames of one watched request"),
+    "ctl": KeySpec("ctl:{0}", "channel", "-", "notes to one worker: cancel, free"),
+    "bell": KeySpec("bell:{0}", "channel", "-", "rings the workers of a stage"),
+}
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def is_pool_name(name: str) -> bool:
+    """Whether a name may be a pool's: it becomes a hash tag, a model id and a part of request ids."""
+    return _NAME.fullmatch(name) is not None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolKeys:
+    """The keys of one pool."""
+
+    pool: str
+
+    @property
+    def root(self) -> str:
+        """The prefix of all keys, passed to every script as its only KEYS entry."""
+        return "{" + self.pool + "}:"
+
+    def _of(self, name: str, *parts: str | int) -> str:
+        return self.root + TABLE[name].template.format(*parts)
+
+    def request(self, request_id: str) -> str:
+        """Hash: the request and where it stands."""
+        return self._of("req", request_id)
+
+    def log(self, request_id: str, choice: int) -> str:
+        """String: packed token ids of one choice."""
+        return self._of("log", request_id, choice)
+
+    def lane(self, stage: str, lane: str) -> str:
+        """Stream: waiting and running tasks of a stage; `lane` is high, default, low or `@worker`."""
+        return self._of("lane", stage, lane)
+
+    def deadlines(self) -> str:
+        """Sorted set: when each living request must have ended, in ms of Redis TIME."""
+        return self._of("deadlines")
+
+    def counters(self) -> str:
+        """Hash: waiting tasks and tokens by stage and lane, totals since the pool began."""
+        return self._of("counters")
+
+    def settings(self) -> str:
+        """Hash: router settings changed at run time, read by every API replica."""
+        return self._of("settings")
+
+    def alive(self, role: str) -> str:
+        """Sorted set: processes of a role (prefill, decode, api) by the time their registration ends."""
+        return self._of("alive", role)
+
+    def worker(self, name: str) -> str:
+        """Hash: what a worker says of itself, and the answer to its last claim."""
+        return self._of("worker", name)
+
+    def dead(self) -> str:
+        """Stream: dead-lettered tasks with reason and last worker."""
+        return self._of("dead")
+
+    def bus(self, api: str) -> str:
+        """Channel: frames for one API process."""
+        return self._of("bus", api)
+
+    def tokens(self, request_id: str) -> str:
+        """Channel: frames of one watched request."""
+        return self._of("tok", request_id)
+
+    def control(self, worker: str) -> str:
+        """Channel: notes to one worker."""
+        return self._of("ctl", worker)
+
+    def bell(self, stage: str) -> str:
+        """Channel: something waits on a lane of this stage."""
+        return self._of("bell", stage)
+
+
+def lua_prelude() -> str:
+    """Lua functions `key_<name>(...)` that build the same names; `root` is KEYS[1]."""
+    lines = ["local root = KEYS[1]", f"local GROUP, PARKED = '{GROUP}', '{PARKED}'"]
+    for name, spec in TABLE.items():
+        count = spec.template.count("{")
+        params = ", ".join("ab"[:count])
+        body = spec.template.replace("{0}", "' .. a .. '").replace("{1}", "' .. b .. '")
+        lines.append(f"local function key_{name}({params}) return root .. '{body}' end".replace(" .. ''", ""))
+    return "\n".join(lines)

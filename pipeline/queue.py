@@ -1,0 +1,259 @@
+"""The durable queue of one pool: each method is one script of `pipeline/scripts`, with typed arguments and answers.
+
+Life of a request: admit -> claim (prefill) -> handover -> claim (decode) -> fetched -> step ... step -> end.
+A method that answers with an outcome does not raise for it: fenced, ended and full are expected. `RedisUnavailable` is raised
+when Redis does not answer in time; every call may then be repeated with the same arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from pipeline.connection import Connection, Script
+from pipeline.errors import QueueFull
+from pipeline.keys import PoolKeys
+from pipeline.protocol import (
+    WIRE_VERSION,
+    FinishReason,
+    KVHandle,
+    LLMEngineOutput,
+    Log,
+    Request,
+    TokenItem,
+    pack_tokens,
+    unpack_tokens,
+)
+
+STAGES = ("prefill", "decode")
+LANES = ("high", "default", "low")
+ENDED_STATES = ("done", "failed", "cancelled", "expired", "dead")
+
+
+class Verdict(enum.Enum):
+    """What a script says to a worker about a request that it holds."""
+
+    ACCEPTED = 0
+    FENCED = 1  # another delivery owns it: stop, write nothing more
+    ENDED = 2  # it ended elsewhere: stop and free
+    GAP = 3  # the log is shorter than the item's index: the caller's picture of the log is wrong
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Delivery:
+    """One hand-out of a task to this worker. `body` is decoded by the consumer, so that bad bytes can be dead-lettered."""
+
+    id: str
+    epoch: int
+    stage: str
+    lane: str
+    body: bytes
+    handle: bytes
+    attempts: int
+    deadline_ms: int
+    api: str
+    prompt_tokens: int
+    log: Log
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepItem:
+    """One output as the step script takes it; `api` says which process streams it."""
+
+    api: str
+    epoch: int
+    output: LLMEngineOutput
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a request stands, for a reader. The usage is final when the state is an ended one."""
+
+    state: str
+    reason: str
+    stage: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    log: Log
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """Admission limits and times of one request."""
+
+    max_waiting_tasks: int
+    max_waiting_tokens: int
+    deadline_s: float
+    result_ttl_s: float
+
+
+class PoolQueue:
+    """The scripts of one pool over one connection."""
+
+    def __init__(self, connection: Connection, pool: str) -> None:
+        self.keys = PoolKeys(pool)
+        self._connection = connection
+        self._scripts: dict[str, Script] = {}
+        self._encode = msgspec.msgpack.Encoder().encode
+
+    async def _call(self, name: str, *args: Any) -> Any:
+        script = self._scripts.get(name)
+        if script is None:
+            script = self._scripts[name] = Script(name)
+        return await self._connection.call(script, self.keys.root, *args)
+
+    # -- a client's side ----------------------------------------------------------------------------------------------
+
+    async def admit(
+        self, request: Request, *, stage: str, lane: str, blocks: int, api: str, limits: Limits, priority: str = "default",
+        idempotency_key: str = "",
+    ) -> str:  # fmt: skip
+        """Store the request and put its first task on a lane; returns its id, or the id of the first request of that key.
+
+        Raises `QueueFull` when the lane is full; `retry_after_s` is then 0: the caller knows the drain rate.
+        """
+        answer = await self._call(
+            "admit", request.id, stage, lane, self._encode(request), len(request.input.token_ids), blocks,
+            request.input.sampling_options.n, WIRE_VERSION, api, limits.deadline_s, int(limits.result_ttl_s),
+            limits.max_waiting_tasks, limits.max_waiting_tokens, idempotency_key, priority,
+        )  # fmt: skip
+        if answer[0] == b"full":
+            raise QueueFull(
+                f"lane {lane} of {stage} holds {answer[1]} tasks and {answer[2]} prompt tokens: try again later",
+                retry_after_s=0.0,
+            )
+        return answer[1].decode() if answer[0] == b"duplicate" else request.id
+
+    async def attach(self, request_id: str, *, watch: bool) -> Standing | None:
+        """State and logs of a request; with `watch` its tokens also go to its own channel. None when unknown."""
+        answer = await self._call("attach", request_id, "1" if watch else "")
+        if not answer:
+            return None
+        state, reason, stage = (answer[i].decode() for i in range(3))
+        prompt, completion, cached = (int(answer[i]) for i in range(3, 6))
+        return Standing(state, reason, stage, prompt, completion, cached, _log(answer[6:]))
+
+    async def end(
+        self, request_id: str, state: str, reason: str = "", *, worker: str = "", epoch: int | None = None
+    ) -> tuple[str, str]:
+        """End a request; the first call wins. Returns (state, reason) as it stands, ("fenced", "") or ("gone", "")."""
+        answer = await self._call("end", request_id, state, reason, worker, "" if epoch is None else epoch)
+        return answer[0].decode(), answer[1].decode()
+
+    async def cancel(self, request_id: str, reason: str) -> tuple[str, str]:
+        """End a request as cancelled, whoever holds it; its worker is told at once."""
+        return await self.end(request_id, "cancelled", reason)
+
+    # -- a worker's side ----------------------------------------------------------------------------------------------
+
+    async def claim(
+        self, stage: str, worker: str, lanes: Sequence[str], *, free_blocks: int, total_blocks: int, overtake_ms: int,
+        nonce: str = "",
+    ) -> Delivery | None:  # fmt: skip
+        """One task that fits, or None. `lanes` in the order in which they are looked at, the worker's own first."""
+        answer = await self._call(
+            "claim", stage, worker, nonce or secrets.token_hex(8), free_blocks, total_blocks, WIRE_VERSION, overtake_ms, *lanes
+        )  # fmt: skip
+        if not answer:
+            return None
+        return Delivery(
+            id=answer[0].decode(), epoch=int(answer[1]), body=answer[2], stage=answer[3].decode(), lane=answer[4].decode(),
+            handle=answer[5], attempts=int(answer[6]), deadline_ms=int(answer[7]), api=answer[8].decode(),
+            prompt_tokens=int(answer[9]), log=_log(answer[10:]),
+        )  # fmt: skip
+
+    async def handover(
+        self, delivery: Delivery, worker: str, outputs: Sequence[LLMEngineOutput], kv: KVHandle | None, *,
+        cached_tokens: int, lane: str = "",
+    ) -> tuple[Verdict, str]:  # fmt: skip
+        """End prefill's task and add decode's on `lane` (empty: the request's priority).
+
+        Returns the verdict and where the request is now: "decode", "done", or the state in which it had ended.
+        """
+        items: list[Any] = []
+        for output in outputs:
+            tokens = pack_tokens(output.token_ids)
+            reason = output.finish_reason or ""
+            items += (output.choice, output.index, tokens, reason, self.frame_item(output, tokens))
+        handle = (self._encode(kv), kv.id, kv.owner) if kv else (b"", "", "")
+        answer = await self._call("handover", delivery.id, delivery.epoch, worker, lane, *handle, cached_tokens, *items)
+        return _verdict(answer), answer[1].decode() if len(answer) > 1 else ""
+
+    async def fetched(self, delivery: Delivery, worker: str, *, recomputed: str = "") -> Verdict:
+        """The handle is not needed any more: fetched, or lost for the reason `recomputed`."""
+        return _verdict(await self._call("fetched", delivery.id, delivery.epoch, worker, recomputed))
+
+    async def step(self, items: Sequence[StepItem]) -> list[Verdict]:
+        """Log and publish the outputs of a step, one script call for each API process among them."""
+        verdicts: list[Verdict] = [Verdict.ENDED] * len(items)
+        for api, positions in _by_api(items).items():
+            args: list[Any] = []
+            for position in positions:
+                item = items[position]
+                output = item.output
+                tokens = pack_tokens(output.token_ids)
+                reason = output.finish_reason or ""
+                args += (output.request_id, item.epoch, output.choice, output.index, tokens, reason)
+                args.append(self.frame_item(output, tokens))
+            answers = await self._call("step", api, *args)
+            for position, answer in zip(positions, answers, strict=True):
+                verdicts[position] = Verdict(answer)
+        return verdicts
+
+    def frame_item(self, output: LLMEngineOutput, tokens: bytes) -> bytes:
+        """An output as an item of a frame."""
+        return self._encode(
+            TokenItem(output.request_id, output.choice, output.index, tokens, output.finish_reason or "")
+        )
+
+    async def hand_back(self, delivery: Delivery, worker: str, *, counts: bool, max_attempts: int, why: str) -> str:
+        """Give a task back unfinished. Returns parked, dead, fenced or ended."""
+        answer = await self._call(
+            "handback", delivery.id, delivery.epoch, worker, "1" if counts else "", max_attempts, why
+        )
+        return str(answer[0].decode())
+
+    async def renew(
+        self, role: str, name: str, info: bytes, lease_s: float, held: Sequence[tuple[str, int]] = ()
+    ) -> list[bool]:
+        """Say that this process lives and renew its leases; False for each (id, epoch) that is not its own any more."""
+        flat = [value for pair in held for value in pair]
+        return [answer == 1 for answer in await self._call("renew", role, name, info, int(lease_s * 1000), *flat)]
+
+    async def leave(self, role: str, name: str) -> None:
+        """Forget this process: it has left in good order."""
+        await self._call("leave", role, name)
+
+    async def wanted(self, handles: Mapping[str, str]) -> set[str]:
+        """Which handle ids (of handle id -> request id) are still named by their request."""
+        flat = [value for handle_id, request_id in handles.items() for value in (request_id, handle_id)]
+        answers = await self._call("wanted", *flat) if flat else []
+        return {handle_id for handle_id, answer in zip(handles, answers, strict=True) if answer == 1}
+
+    async def sweep(self, sweeper: str, *, interval_s: float, lease_s: float, max_attempts: int) -> dict[str, int]:
+        """Put right what nobody else will; empty when another process swept within the interval."""
+        answer = await self._call("sweep", sweeper, int(interval_s * 1000), int(lease_s * 1000), max_attempts)
+        return dict(zip(("expired", "parked", "dead", "moved", "deleted"), answer, strict=False))
+
+
+def _verdict(answer: Sequence[bytes]) -> Verdict:
+    return {b"ok": Verdict.ACCEPTED, b"fenced": Verdict.FENCED, b"ended": Verdict.ENDED}[answer[0]]
+
+
+def _log(rows: Sequence[bytes]) -> Log:
+    tokens = [unpack_tokens(row) for row in rows[0::2]]
+    finished = [FinishReason(row.decode()) if row else None for row in rows[1::2]]
+    return Log(tokens=tokens, finished=finished)
+
+
+def _by_api(items: Iterable[StepItem]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for position, item in enumerate(items):
+        groups.setdefault(item.api, []).append(position)
+    return groups

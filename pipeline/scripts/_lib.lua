@@ -1,0 +1,144 @@
+-- Shared by the scripts that change a request's state. Needs the key prelude. All state changes of a request are here.
+-- States: queued -> running -> queued ... -> done | failed | cancelled | expired | dead.
+local function now_us()
+  local t = redis.call('TIME')
+  return t[1] .. string.format('%06d', t[2])
+end
+
+local function is_ended(state)
+  return state ~= 'queued' and state ~= 'running'
+end
+
+local function count(field, by)
+  redis.call('HINCRBY', key_counters(), field, by)
+end
+
+-- A task joins (by = 1) or leaves (by = -1) those that wait on a lane.
+local function count_waiting(stage, lane, tokens, by)
+  count('waiting:' .. stage .. ':' .. lane, by)
+  count('tokens:' .. stage .. ':' .. lane, by * tonumber(tokens))
+end
+
+local function ring(stage)
+  redis.call('PUBLISH', key_bell(stage), cmsgpack.pack({'bell', stage}))
+end
+
+-- Adds a task at the tail of a lane and makes it the request's current one.
+local function enqueue(id, stage, lane, tokens, blocks, version)
+  local entry = redis.call('XADD', key_lane(stage, lane), '*', 'id', id, 'tokens', tokens, 'blocks', blocks, 'v', version)
+  redis.call('HSET', key_req(id), 'state', 'queued', 'stage', stage, 'lane', lane, 'entry', entry, 'owner', '')
+  count_waiting(stage, lane, tokens, 1)
+  ring(stage)
+  return entry
+end
+
+-- Ends a delivery for good. Only delivered entries are deleted, so the group's lag stays true.
+local function ack(stage, lane, entry)
+  redis.call('XACK', key_lane(stage, lane), GROUP, entry)
+  redis.call('XDEL', key_lane(stage, lane), entry)
+end
+
+local function publish(id, api, watch, frame)
+  if api and api ~= '' then redis.call('PUBLISH', key_bus(api), frame) end
+  if watch then redis.call('PUBLISH', key_tok(id), frame) end
+end
+
+local function free_handle(id, handle_id, handle_owner)
+  if not handle_id or handle_id == '' then return end
+  redis.call('HDEL', key_req(id), 'handle', 'handle_id', 'handle_owner')
+  redis.call('PUBLISH', key_ctl(handle_owner), cmsgpack.pack({'free', handle_id}))
+end
+
+-- Ends a request: the first caller wins, later ones get its answer {state, reason}. `by` is the worker that asks, or ''.
+local function finish(id, state, reason, by)
+  local req = key_req(id)
+  local h = redis.call('HMGET', req, 'state', 'reason', 'stage', 'lane', 'entry', 'owner', 'epoch', 'api', 'watch',
+    'handle_id', 'handle_owner', 'n', 'tokens', 'cached', 'ttl', 'idem')
+  if not h[1] then return {'gone', ''} end
+  if is_ended(h[1]) then return {h[1], h[2]} end
+  redis.call('ZREM', key_deadlines(), id) -- a first write that Redis allows when memory is full lets the rest through
+  if h[1] == 'running' then
+    ack(h[3], h[4], h[5])
+  else
+    count_waiting(h[3], h[4], h[13], -1) -- its entry stays: the next claim or sweep deletes it
+  end
+  local completion = 0
+  for choice = 0, tonumber(h[12]) - 1 do
+    completion = completion + redis.call('STRLEN', key_log(id, choice)) / 4
+    redis.call('EXPIRE', key_log(id, choice), h[15])
+  end
+  redis.call('HSET', req, 'state', state, 'reason', reason, 't_ended', now_us(), 'completion', completion)
+  if h[6] ~= '' and h[6] ~= by then
+    redis.call('PUBLISH', key_ctl(h[6]), cmsgpack.pack({'cancel', id, tonumber(h[7])}))
+  end
+  free_handle(id, h[10], h[11])
+  publish(id, h[8], h[9], cmsgpack.pack({{'e', id, state, reason, tonumber(h[13]), completion, tonumber(h[14] or 0), h[3]}}))
+  count('ended:' .. state, 1)
+  redis.call('EXPIRE', req, h[15])
+  if h[16] and h[16] ~= '' then redis.call('EXPIRE', key_idem(h[16]), h[15]) end
+  return {state, reason}
+end
+
+local function log_length(id, n)
+  local total = 0
+  for choice = 0, tonumber(n) - 1 do total = total + redis.call('STRLEN', key_log(id, choice)) end
+  return total
+end
+
+-- Takes a running task from its owner and parks it: it waits again, ahead of new ones. A delivery that made no progress counts
+-- as an attempt when `counts`; the last allowed one dead-letters the request.
+local function park(id, counts, max_attempts, why)
+  local req = key_req(id)
+  local h = redis.call('HMGET', req, 'stage', 'lane', 'entry', 'tokens', 'n', 'claimed_length', 'owner')
+  local stage, lane, entry = h[1], h[2], h[3]
+  redis.call('XCLAIM', key_lane(stage, lane), GROUP, PARKED, 0, entry, 'JUSTID')
+  local attempts = 0
+  if log_length(id, h[5]) == tonumber(h[6]) then
+    attempts = redis.call('HINCRBY', req, 'attempts', counts and 1 or 0)
+  else
+    redis.call('HSET', req, 'attempts', 0)
+  end
+  if attempts >= max_attempts then
+    redis.call('XADD', key_dead(), 'MAXLEN', '~', 10000, '*', 'id', id, 'stage', stage, 'lane', lane, 'reason', why,
+      'worker', h[7], 'attempts', attempts)
+    finish(id, 'dead', why .. ' after ' .. attempts .. ' attempts in ' .. stage, '')
+    return 'dead'
+  end
+  redis.call('HSET', req, 'state', 'queued', 'owner', '')
+  count_waiting(stage, lane, h[4], 1)
+  ring(stage)
+  return 'parked'
+end
+
+-- What a lane's entry says, or nil when the request behind it no longer stands there (ended, moved on).
+local function entry_of(lane_stage, lane, entry, fields)
+  local e = {}
+  for i = 1, #fields, 2 do e[fields[i]] = fields[i + 1] end
+  if not e.id then return nil end
+  local h = redis.call('HMGET', key_req(e.id), 'state', 'stage', 'lane', 'entry', 'deadline', 'priority')
+  if h[1] == 'queued' and h[2] == lane_stage and h[3] == lane and h[4] == entry then
+    e.deadline, e.priority = tonumber(h[5]), h[6]
+    return e
+  end
+  return nil
+end
+
+-- last-delivered-id of the lane's group; creates the group at 0 where it is missing (after Redis lost its data, too)
+local function last_delivered(lane_key)
+  local groups = redis.call('XINFO', 'GROUPS', lane_key)
+  for _, group in ipairs(groups) do
+    local g = {}
+    for i = 1, #group, 2 do g[group[i]] = group[i + 1] end
+    if g['name'] == GROUP then return g['last-delivered-id'] end
+  end
+  redis.call('XGROUP', 'CREATE', lane_key, GROUP, '0')
+  return '0-0'
+end
+
+local function peek_after(lane_key, last)
+  return redis.call('XRANGE', lane_key, '(' .. last, '+', 'COUNT', 1)[1]
+end
+
+local function deliver_next(lane_key, consumer)
+  redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', 1, 'STREAMS', lane_key, '>')
+end

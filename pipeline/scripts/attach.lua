@@ -1,0 +1,16 @@
+-- What a reader needs to go on: where the request stands, its logs and why its choices ended. With `watch` its tokens are from
+-- now on also published on the request's own channel.
+-- KEYS: root
+-- ARGV: id, watch ('1' or '')
+-- Answers: {} when unknown | {state, reason, stage, prompt tokens, completion tokens, cached tokens, (log, finish reason) of each choice ...}
+-- Called twice: it reads, and sets the same flag.
+local id, watch = ARGV[1], ARGV[2]
+local h = redis.call('HMGET', key_req(id), 'state', 'reason', 'stage', 'tokens', 'completion', 'cached', 'n')
+if not h[1] then return {} end
+if watch == '1' and not is_ended(h[1]) then redis.call('HSET', key_req(id), 'watch', '1') end
+local answer = {h[1], h[2] or '', h[3], h[4], h[5] or 0, h[6] or 0}
+for choice = 0, tonumber(h[7]) - 1 do
+  answer[#answer + 1] = redis.call('GET', key_log(id, choice)) or ''
+  answer[#answer + 1] = redis.call('HGET', key_req(id), 'fin:' .. choice) or ''
+end
+return answer

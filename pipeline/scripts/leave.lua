@@ -1,0 +1,19 @@
+-- A worker has left in good order: forget it at once.
+-- KEYS: root
+-- ARGV: role, name
+-- Answers: 1
+-- Called twice: there is nothing left to forget.
+redis.call('ZREM', key_alive(ARGV[1]), ARGV[2])
+redis.call('DEL', key_worker(ARGV[2]))
+for _, stage in ipairs({'prefill', 'decode'}) do
+  for _, lane in ipairs({'high', 'default', 'low', '@' .. ARGV[2]}) do
+    local lane_key = key_lane(stage, lane)
+    if redis.call('EXISTS', lane_key) == 1 then
+      last_delivered(lane_key)
+      if #redis.call('XPENDING', lane_key, GROUP, '-', '+', 1, ARGV[2]) == 0 then
+        redis.call('XGROUP', 'DELCONSUMER', lane_key, GROUP, ARGV[2])
+      end
+    end
+  end
+end
+return 1
