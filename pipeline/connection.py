@@ -7,6 +7,7 @@ safe to repeat; here the library never retries. Scripts are repeated, because ea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -115,44 +116,43 @@ class Connection:
 
 
 class Subscription:
-    """Messages of some channels. Loss is silent in Redis, so every (re)subscription yields None: read what you may have missed."""
+    """Messages of some channels. Loss is silent in Redis: each time a channel is subscribed anew that is said, too."""
 
     def __init__(self, settings: RedisSettings, channels: Sequence[str]) -> None:
         self._settings = settings
         self._client = _client(settings, None)
         self._pubsub = self._client.pubsub()
-        self._channels = set(channels)
+        self.channels = set(channels)
 
     async def start(self) -> None:
         """Subscribe and wait for Redis to say so. Raises `RedisUnavailable`."""
         try:
             async with asyncio.timeout(self._settings.timeout_s):
-                await self._pubsub.subscribe(*self._channels)
-                for _ in self._channels:
+                await self._pubsub.subscribe(*self.channels)
+                for _ in self.channels:
                     await self._pubsub.parse_response(block=True)
         except _LOST as error:
-            raise RedisUnavailable(f"cannot subscribe to {sorted(self._channels)}: {error}") from error
+            raise RedisUnavailable(f"cannot subscribe to {sorted(self.channels)}: {error}") from error
 
     async def add(self, channel: str) -> None:
-        """Subscribe to one more channel; its confirmation arrives as a None message."""
-        self._channels.add(channel)
+        """Subscribe to one more channel; `messages` says when it is in force."""
+        self.channels.add(channel)
         await self._pubsub.subscribe(channel)
 
     async def remove(self, channel: str) -> None:
         """Unsubscribe from one channel."""
-        self._channels.discard(channel)
+        self.channels.discard(channel)
         await self._pubsub.unsubscribe(channel)
 
-    async def messages(self) -> AsyncIterator[tuple[str, bytes] | None]:
-        """(channel, data) of each message; None whenever the subscription was made anew. Ends when closed."""
+    async def messages(self) -> AsyncIterator[tuple[str, bytes | None]]:
+        """(channel, data) of each message; data None when the channel was subscribed (anew): read what you may have missed."""
         delay_s = 0.02
         while True:
             try:
                 reply = await self._pubsub.parse_response(block=True)
                 delay_s = 0.02
             except _LOST:
-                if await self._reconnect_after(delay_s):
-                    yield None
+                await self._reconnect_after(delay_s)
                 delay_s = min(delay_s * 2, 1.0)
                 continue
             if reply is None:
@@ -161,17 +161,14 @@ class Subscription:
             if kind == b"message":
                 yield reply[1].decode(), reply[2]
             elif kind == b"subscribe":
-                yield None
+                yield reply[1].decode(), None
 
-    async def _reconnect_after(self, delay_s: float) -> bool:
+    async def _reconnect_after(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
-        try:
+        with contextlib.suppress(*_LOST):  # Redis is still away: the next read fails and comes here again
             await self._pubsub.aclose()  # type: ignore[no-untyped-call]
             self._pubsub = self._client.pubsub()
-            await self._pubsub.subscribe(*self._channels)
-        except _LOST:
-            return False
-        return True
+            await self._pubsub.subscribe(*self.channels)
 
     async def close(self) -> None:
         """Close the connection; a running `messages` ends with its task. May be called twice."""

@@ -159,6 +159,18 @@ class TokenItem(msgspec.Struct, frozen=True, array_like=True, tag="t"):
     finish_reason: str = ""
 
 
+class Timeline(msgspec.Struct, frozen=True, array_like=True):
+    """When each step of a request's life happened, in microseconds of Redis TIME; 0 where it did not happen."""
+
+    admitted: int = 0
+    claimed_prefill: int = 0
+    handover: int = 0
+    claimed_decode: int = 0
+    fetched: int = 0
+    first_token: int = 0
+    ended: int = 0
+
+
 class EndItem(msgspec.Struct, frozen=True, array_like=True, tag="e"):
     """The end of a request on the bus. Written by the end script: state is one of the ended states."""
 
@@ -169,6 +181,7 @@ class EndItem(msgspec.Struct, frozen=True, array_like=True, tag="e"):
     completion_tokens: int
     cached_tokens: int
     stage: str
+    timeline: Timeline
 
 
 FrameItem = TokenItem | EndItem

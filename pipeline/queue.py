@@ -25,6 +25,7 @@ from pipeline.protocol import (
     LLMEngineOutput,
     Log,
     Request,
+    Timeline,
     TokenItem,
     pack_tokens,
     unpack_tokens,
@@ -80,6 +81,7 @@ class Standing:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    timeline: Timeline
     log: Log
 
 
@@ -137,7 +139,8 @@ class PoolQueue:
             return None
         state, reason, stage = (answer[i].decode() for i in range(3))
         prompt, completion, cached = (int(answer[i]) for i in range(3, 6))
-        return Standing(state, reason, stage, prompt, completion, cached, _log(answer[6:]))
+        timeline = Timeline(*(int(value) for value in answer[6:13]))
+        return Standing(state, reason, stage, prompt, completion, cached, timeline, _log(answer[13:]))
 
     async def end(
         self, request_id: str, state: str, reason: str = "", *, worker: str = "", epoch: int | None = None

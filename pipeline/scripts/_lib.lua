@@ -68,11 +68,15 @@ local function finish(id, state, reason, by)
     redis.call('EXPIRE', key_log(id, choice), h[15])
   end
   redis.call('HSET', req, 'state', state, 'reason', reason, 't_ended', now_us(), 'completion', completion)
+  local timeline = redis.call('HMGET', req, 't_admitted', 't_claimed_prefill', 't_handover', 't_claimed_decode', 't_fetched',
+    't_first_token', 't_ended')
+  for i = 1, 7 do timeline[i] = tonumber(timeline[i] or 0) end
   if h[6] ~= '' and h[6] ~= by then
     redis.call('PUBLISH', key_ctl(h[6]), cmsgpack.pack({'cancel', id, tonumber(h[7])}))
   end
   free_handle(id, h[10], h[11])
-  publish(id, h[8], h[9], cmsgpack.pack({{'e', id, state, reason, tonumber(h[13]), completion, tonumber(h[14] or 0), h[3]}}))
+  publish(id, h[8], h[9], cmsgpack.pack({{'e', id, state, reason, tonumber(h[13]), completion, tonumber(h[14] or 0), h[3],
+    timeline}}))
   count('ended:' .. state, 1)
   redis.call('EXPIRE', req, h[15])
   if h[16] and h[16] ~= '' then redis.call('EXPIRE', key_idem(h[16]), h[15]) end

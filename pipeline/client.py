@@ -1,0 +1,221 @@
+"""A client of one pool: submits requests and streams their tokens. The API has one for each pool; so does anything in Python.
+
+Life of a request here: route (pure) -> admit (script) -> stream (bus, repaired from the log) -> ended, or cancel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+import msgspec
+import structlog
+
+from pipeline.config import QueueSettings, RouterSettings
+from pipeline.connection import Connection, Subscription
+from pipeline.errors import BatonError, QueueFull, RedisUnavailable
+from pipeline.protocol import EndItem, FrameItem, Request
+from pipeline.queue import Limits, PoolQueue, Standing
+from pipeline.routing import DisaggregatedRouter, Route, retry_after_s
+from pipeline.snapshot import PoolSnapshot, take_snapshot
+from pipeline.stream import RequestStream
+
+log = structlog.get_logger("baton.client")
+
+SNAPSHOT_S = 0.5
+
+
+class PoolClient:
+    """See the module's docstring. Use as `async with PoolClient(...) as client`."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        pool: str,
+        name: str,
+        *,
+        block_size: int,
+        queue: QueueSettings,
+        router: RouterSettings,
+        lease_s: float = 30.0,
+        buffer_items: int = 4096,
+        silence_s: float = 2.0,
+    ) -> None:
+        self.pool = pool
+        self.queue = PoolQueue(connection, pool)
+        self._connection = connection
+        self._name = name
+        self._block_size = block_size
+        self._settings = queue
+        self._initial_router = router
+        self._lease_s = lease_s
+        self._buffer_items = buffer_items
+        self._silence_s = silence_s
+        self._streams: dict[str, list[RequestStream]] = {}
+        self._snapshot = PoolSnapshot()
+        self._drained_per_s: dict[str, float] = {}
+        self._router = DisaggregatedRouter(router)
+        self._subscription: Subscription | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.redis_error: str | None = None  # why the last background call failed; None while Redis answers
+
+    async def __aenter__(self) -> PoolClient:
+        self._subscription = await self._connection.subscribe(self.queue.keys.bus(self._name))
+        await self._refresh()
+        self._tasks = [
+            asyncio.create_task(self._receive(self._subscription), name=f"bus {self.pool}"),
+            asyncio.create_task(self._watch(), name=f"watch {self.pool}"),
+        ]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(BatonError):
+            await self.queue.leave("api", self._name)
+        if self._subscription is not None:
+            await self._subscription.close()
+
+    # -- requests -------------------------------------------------------------------------------------------------------
+
+    async def submit(
+        self, request: Request, *, priority: str = "default", deadline_s: float | None = None
+    ) -> RequestStream:
+        """Admit a request and stream it. Raises `QueueFull` with `retry_after_s`, `RedisUnavailable`."""
+        prompt_tokens, n = len(request.input.token_ids), request.input.sampling_options.n
+        route = self._route(prompt_tokens, priority)
+        stream = self._open(request.id, n)
+        limits = Limits(
+            self._settings.max_waiting_tasks, self._settings.max_waiting_tokens,
+            deadline_s or self._settings.deadline_s, self._settings.result_ttl_s,
+        )  # fmt: skip
+        try:
+            await self.queue.admit(
+                request, stage=route.stage, lane=route.lane, blocks=blocks_needed(prompt_tokens, n, self._block_size),
+                api=self._name, limits=limits, priority=priority,
+            )  # fmt: skip
+        except QueueFull as refusal:
+            await self._forget(stream)
+            waiting = self._snapshot.waiting(route.stage, route.lane)
+            rate = self._drained_per_s.get(f"{route.stage}:{route.lane}", 0.0)
+            raise QueueFull(
+                str(refusal), retry_after_s=refusal.retry_after_s or retry_after_s(waiting, rate)
+            ) from refusal
+        except BaseException:
+            await self._forget(stream)
+            raise
+        log.debug("admitted", request_id=request.id, stage=route.stage, lane=route.lane, why=route.why)
+        return stream
+
+    async def attach(self, request_id: str, choices: int) -> RequestStream:
+        """Read a request that somebody else may be serving, from its first token on; several readers may attach."""
+        assert self._subscription is not None
+        stream = self._open(request_id, choices, watch=True)
+        await self._subscription.add(self.queue.keys.tokens(request_id))  # once it is in force, the log is read
+        return stream
+
+    async def snapshot(self) -> PoolSnapshot:
+        """The pool as it was at most half a second ago."""
+        return self._snapshot
+
+    def _route(self, prompt_tokens: int, lane: str) -> Route:
+        return self._router.route(prompt_tokens, 0, self._snapshot.load(), lane)
+
+    def _open(self, request_id: str, choices: int, *, watch: bool = False) -> RequestStream:
+        async def read(request_id: str) -> Standing | None:
+            return await self.queue.attach(request_id, watch=watch)
+
+        async def cancel(request_id: str, reason: str) -> None:
+            await self.queue.cancel(request_id, reason)
+
+        stream = RequestStream(
+            request_id, choices, buffer_items=self._buffer_items, read=read, cancel=cancel, forget=self._forget
+        )  # fmt: skip
+        self._streams.setdefault(request_id, []).append(stream)
+        return stream
+
+    async def _forget(self, stream: RequestStream) -> None:
+        readers = self._streams.get(stream.id, [])
+        if stream in readers:
+            readers.remove(stream)
+        if not readers:
+            self._streams.pop(stream.id, None)
+            if self._subscription is not None and self.queue.keys.tokens(stream.id) in self._subscription.channels:
+                with contextlib.suppress(RedisUnavailable):
+                    await self._subscription.remove(self.queue.keys.tokens(stream.id))
+
+    # -- the bus --------------------------------------------------------------------------------------------------------
+
+    async def _receive(self, subscription: Subscription) -> None:
+        """Hand out frames; does nothing else, so that one busy stream never delays the others."""
+        decode = msgspec.msgpack.Decoder(list[FrameItem]).decode
+        streams = self._streams
+        async for channel, data in subscription.messages():
+            if data is None:
+                self._resubscribed(channel)
+                continue
+            try:
+                items = decode(data)
+            except msgspec.DecodeError as error:
+                log.error("frame is not readable, streams go on from their logs", channel=channel, error=str(error))
+                self._resubscribed(self.queue.keys.bus(self._name))
+                continue
+            for item in items:
+                for stream in streams.get(item.id, ()):
+                    if isinstance(item, EndItem):
+                        stream.feed_end(item)
+                    else:
+                        stream.feed(item)
+
+    def _resubscribed(self, channel: str) -> None:
+        everything = channel == self.queue.keys.bus(self._name)
+        for request_id, readers in self._streams.items():
+            if everything or channel == self.queue.keys.tokens(request_id):
+                for stream in readers:
+                    stream.fall_behind()
+
+    # -- the background ---------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Each half second: renew this process, sweep, read the pool, and send silent streams to their logs."""
+        while True:
+            try:
+                await self._refresh()
+                self.redis_error = None
+            except BatonError as error:
+                if self.redis_error is None:
+                    log.warning("Redis does not answer, requests wait", pool=self.pool, error=str(error))
+                self.redis_error = str(error)
+            now_s = time.monotonic()
+            for readers in list(self._streams.values()):
+                for stream in readers:
+                    if stream.silent_for_s(now_s) > self._silence_s:
+                        stream.fall_behind()
+            await asyncio.sleep(SNAPSHOT_S)
+
+    async def _refresh(self) -> None:
+        await self.queue.renew("api", self._name, b"", self._lease_s)
+        before, self._snapshot = self._snapshot, await take_snapshot(self._connection, self.queue.keys)
+        self._router = DisaggregatedRouter(self._snapshot.router(self._initial_router))
+        self._drained_per_s = drained_per_s(self._drained_per_s, before, self._snapshot)
+
+
+def blocks_needed(prompt_tokens: int, n: int, block_size: int) -> int:
+    """Blocks that a request needs to start: its prompt's, and room for the next token of each choice."""
+    return (prompt_tokens + block_size - 1) // block_size + n
+
+
+def drained_per_s(rates: dict[str, float], before: PoolSnapshot, after: PoolSnapshot) -> dict[str, float]:
+    """Claims a second by stage and lane: an average over about ten readings."""
+    seconds = (after.time_ms - before.time_ms) / 1000
+    if before.time_ms == 0 or seconds <= 0:
+        return rates
+    updated = dict(rates)
+    for name, value in after.counters.items():
+        if name.startswith("claimed:"):
+            lane = name.removeprefix("claimed:")
+            rate = max(0, value - before.counters.get(name, 0)) / seconds
+            updated[lane] = 0.9 * rates[lane] + 0.1 * rate if lane in rates else rate
+    return updated

@@ -1,0 +1,51 @@
+"""Where a request goes: pure functions of values at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pipeline.config import RouterSettings
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Route:
+    """The stage that a request starts in and the lane there. `why` is for logs and metrics."""
+
+    stage: str
+    lane: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolLoad:
+    """What the router knows of a pool: waiting prefill tasks, and how many workers of each stage live."""
+
+    prefill_waiting: int
+    prefill_alive: int
+    decode_alive: int
+
+
+class DisaggregatedRouter:
+    """Whether prefill runs remotely or on the decode worker (the rule of NVIDIA Dynamo's conditional disaggregation)."""
+
+    def __init__(self, policy: RouterSettings) -> None:
+        self._policy = policy
+
+    def route(self, prompt_tokens: int, hit_tokens: int, load: PoolLoad, lane: str = "default") -> Route:
+        """Remote when the effective prompt (prompt minus `hit_tokens` that decode workers hold) is longer than
+        `max_local_prefill_length` and fewer than `max_prefill_queue_size` tasks wait; local also while only decode workers live.
+        """
+        if load.prefill_alive == 0 and load.decode_alive > 0:
+            return Route("decode", lane, "no prefill worker alive")
+        if prompt_tokens - hit_tokens <= self._policy.max_local_prefill_length:
+            return Route("decode", lane, "short prompt")
+        if load.prefill_waiting >= self._policy.max_prefill_queue_size:
+            return Route("decode", lane, "prefill queue full")
+        return Route("prefill", lane, "remote")
+
+
+def retry_after_s(waiting: int, drained_per_s: float) -> float:
+    """When a refused client should come again: the time in which what waits drains, between 1 and 120 s."""
+    if drained_per_s <= 0:
+        return 30.0
+    return min(120.0, max(1.0, waiting / drained_per_s))

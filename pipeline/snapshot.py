@@ -1,0 +1,87 @@
+"""What a pool looks like now, read in one round trip and kept fresh in the background."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+
+from pipeline.config import RouterSettings
+from pipeline.connection import Connection
+from pipeline.errors import ConfigError
+from pipeline.keys import PoolKeys
+from pipeline.routing import PoolLoad
+
+ROLES = ("prefill", "decode", "api")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolSnapshot:
+    """One reading. `workers` holds living processes by role: name -> what it says of itself."""
+
+    time_ms: int = 0
+    counters: dict[str, int] = dataclasses.field(default_factory=dict)
+    workers: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
+    settings: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def total(self, prefix: str) -> int:
+        """Sum of all counters whose name begins with `prefix`."""
+        return sum(value for name, value in self.counters.items() if name.startswith(prefix))
+
+    def waiting(self, stage: str, lane: str = "") -> int:
+        """Tasks that wait in a stage, on one lane or on all."""
+        return self.counters.get(f"waiting:{stage}:{lane}", 0) if lane else self.total(f"waiting:{stage}:")
+
+    def load(self) -> PoolLoad:
+        """The router's view."""
+        alive = {role: len(self.workers.get(role, {})) for role in ROLES}
+        return PoolLoad(self.waiting("prefill"), alive["prefill"], alive["decode"])
+
+    def router(self, initial: RouterSettings) -> RouterSettings:
+        """Router settings: those changed at run time over the initial ones. Raises `ConfigError` naming the key."""
+        changed = {name: value for name, value in self.settings.items() if name in RouterSettings.__struct_fields__}
+        try:
+            return msgspec.convert({**msgspec.to_builtins(initial), **changed}, RouterSettings, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"router settings in Redis: {error}") from error
+
+
+async def take_snapshot(connection: Connection, keys: PoolKeys) -> PoolSnapshot:
+    """Read a pool. Raises `RedisUnavailable`."""
+    rows = await connection.commands(
+        ("TIME",),
+        ("HGETALL", keys.counters()),
+        ("HGETALL", keys.settings()),
+        *(("ZRANGE", keys.alive(role), 0, -1, "WITHSCORES") for role in ROLES),
+    )
+    now_ms = int(rows[0][0]) * 1000 + int(rows[0][1]) // 1000
+    workers = {role: _living(row, now_ms) for role, row in zip(ROLES, rows[3:], strict=True)}
+    names = [name for role in ("prefill", "decode") for name in workers[role]]
+    infos = await connection.commands(*(("HGET", keys.worker(name), "info") for name in names)) if names else []
+    said = dict(zip(names, infos, strict=True))
+    return PoolSnapshot(
+        time_ms=now_ms,
+        counters={name: int(value) for name, value in _text_pairs(rows[1]).items()},
+        settings=_text_pairs(rows[2]),
+        workers={role: {name: said.get(name) or b"" for name in workers[role]} for role in ROLES},
+    )
+
+
+def _living(row: list[object], now_ms: int) -> list[str]:
+    pairs = zip(*[iter(_flat(row))] * 2, strict=True)
+    return [_text(name) for name, score in pairs if float(_text(score)) >= now_ms]
+
+
+def _text_pairs(row: object) -> dict[str, str]:
+    if isinstance(row, dict):
+        return {_text(name): _text(value) for name, value in row.items()}
+    assert isinstance(row, list)
+    return {_text(name): _text(value) for name, value in zip(*[iter(row)] * 2, strict=True)}
+
+
+def _flat(row: list[object]) -> list[object]:
+    return [part for item in row for part in (item if isinstance(item, (list, tuple)) else (item,))]
+
+
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

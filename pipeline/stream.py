@@ -1,0 +1,171 @@
+"""One reader of one request: live items from the bus, gaps filled from the log, each (choice, index) exactly once and in order."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+
+import msgspec
+
+from pipeline.protocol import EndItem, FinishReason, Timeline, TokenItem, unpack_tokens
+from pipeline.queue import ENDED_STATES, Standing
+
+
+class TokenChunk(msgspec.Struct, frozen=True):
+    """Tokens of one choice that stand at `index` and after it."""
+
+    choice: int
+    index: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What a request took. `cached_tokens` of the prompt were not computed."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """How a request ended: state is done, failed, cancelled, expired or dead; `stage` is where it stood."""
+
+    state: str
+    reason: str
+    usage: Usage
+    stage: str
+    timeline: Timeline
+
+
+class RequestStream:
+    """Iterate it for lists of `TokenChunk`: each list is everything that queued up since the last one.
+
+    Leaving early forgets the request locally; `cancel` ends it. After the iteration `ended` says how it ended.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        choices: int,
+        *,
+        buffer_items: int,
+        read: Callable[[str], Awaitable[Standing | None]],
+        cancel: Callable[[str, str], Awaitable[None]],
+        forget: Callable[[RequestStream], Awaitable[None]],
+    ) -> None:
+        self.id = request_id
+        self.ended: Ended | None = None
+        self._next = [0] * choices  # index of the first token of each choice that the reader has not got
+        self._finished = [False] * choices
+        self._buffer: list[TokenChunk] = []
+        self._buffer_items = buffer_items
+        self._behind = False  # the log knows more than the buffer: read it before going on
+        self._waiter: asyncio.Future[None] | None = None
+        self._read, self._cancel, self._forget = read, cancel, forget
+        self._last_item_s = time.monotonic()
+
+    # -- the bus's side: never blocks, never raises ---------------------------------------------------------------------
+
+    def feed(self, item: TokenItem) -> None:
+        """Take a live item: keep it, drop what the reader has, or note that something is missing."""
+        choice, index = item.choice, item.index
+        data = item.tokens
+        if len(data) == 4 and index == self._next[choice]:
+            tokens = [int.from_bytes(data, "little")]
+        else:
+            have = self._next[choice] - index
+            if have < 0:
+                self.fall_behind()
+                return
+            tokens = unpack_tokens(data)[have:]
+            if not tokens and not (item.finish_reason and not self._finished[choice]):
+                return
+            index += have
+        if self._behind:
+            return
+        if (
+            len(self._buffer) >= self._buffer_items
+        ):  # a slow reader goes on from the log instead of growing this process
+            self.fall_behind()
+            return
+        self._append(choice, index, tokens, FinishReason(item.finish_reason) if item.finish_reason else None)
+        self._wake()
+
+    def feed_end(self, item: EndItem) -> None:
+        """Take the end of the request; tokens that never came live are read from the log first."""
+        usage = Usage(item.prompt_tokens, item.completion_tokens, item.cached_tokens)
+        self.ended = Ended(item.state, item.reason, usage, item.stage, item.timeline)
+        if sum(self._next) < item.completion_tokens:
+            self._behind = True
+        self._wake()
+
+    def fall_behind(self) -> None:
+        """Something was or may have been missed: the reader reads state and log before it goes on."""
+        self._behind = True
+        self._wake()
+
+    def silent_for_s(self, now_s: float) -> float:
+        """Seconds since anything came."""
+        return now_s - self._last_item_s
+
+    def _append(self, choice: int, index: int, tokens: list[int], reason: FinishReason | None) -> None:
+        self._next[choice] = index + len(tokens)
+        if reason is not None:
+            self._finished[choice] = True
+        self._buffer.append(TokenChunk(choice, index, tokens, reason))
+
+    def _wake(self) -> None:
+        self._last_item_s = time.monotonic()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- the reader's side ----------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> RequestStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._forget(self)
+
+    async def __aiter__(self) -> AsyncIterator[list[TokenChunk]]:
+        while True:
+            if self._behind:
+                await self._catch_up()
+            if self._buffer:
+                chunks, self._buffer = self._buffer, []
+                yield chunks
+            elif self.ended is not None:
+                return
+            elif not self._behind:
+                await self._wait()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter  # limited by the client's silence check, which calls `fall_behind`
+        finally:
+            self._waiter = None
+
+    async def _catch_up(self) -> None:
+        self._behind = False
+        standing = await self._read(self.id)
+        if standing is None:
+            gone = Usage(0, sum(self._next), 0)
+            self.ended = Ended("failed", "Redis does not know this request any more", gone, "", Timeline())
+            return
+        for choice, (tokens, reason) in enumerate(zip(standing.log.tokens, standing.log.finished, strict=True)):
+            missing = tokens[self._next[choice] :]
+            if missing or (reason is not None and not self._finished[choice]):
+                self._append(choice, self._next[choice], missing, reason)
+        if standing.state in ENDED_STATES and self.ended is None:
+            usage = Usage(standing.prompt_tokens, standing.completion_tokens, standing.cached_tokens)
+            self.ended = Ended(standing.state, standing.reason, usage, standing.stage, standing.timeline)
+
+    async def cancel(self, reason: str = "client disconnected") -> None:
+        """End the request; whoever holds it stops and frees its blocks."""
+        await self._cancel(self.id, reason)
