@@ -1,0 +1,45 @@
+# Two commands are enough: `make up` and `make test`. The rest is listed by `make help`.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help up test test-all check lint types imports bench lock clean
+MAKEFLAGS += --no-print-directory
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+up: $(INSTALLED) ## install what is missing, start everything, stream a sample answer, serve until Ctrl-C
+	@$(BIN)/baton up
+
+test: $(INSTALLED) check ## lint, types, import rules and all tests but the slow ones: what CI runs
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(INSTALLED) check ## the same with the slow tests
+	@$(BIN)/python -m pytest -m "not gpu"
+
+check: lint types imports ## lint, types and import rules
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	@$(BIN)/python -m mypy
+
+imports: $(INSTALLED)
+	@$(BIN)/lint-imports | grep -E 'KEPT|BROKEN|Contracts|->' ; exit $${PIPESTATUS[0]}
+
+bench: $(INSTALLED) ## measure: one table on the terminal, JSON in benchmarks/results
+	@$(BIN)/python -m benchmarks
+
+lock: $(INSTALLED) ## write requirements.lock anew from pyproject.toml (PyTorch stays at its version)
+	@sh -c 'set -e; torch=$$(grep "^torch==" requirements.lock); head=$$(grep "^#" requirements.lock); \
+	  { echo "$$head"; $(BIN)/python .ci/lock.py "$$torch"; } > requirements.lock.new; mv requirements.lock.new requirements.lock'
+
+clean: ## remove .venv, caches and the data of the private Redis server
+	rm -rf .venv run .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements.lock pyproject.toml .ci/install
+	@.ci/install
