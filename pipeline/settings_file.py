@@ -21,11 +21,11 @@ import msgspec
 
 from pipeline.config import PoolSettings, Section, Settings
 from pipeline.errors import ConfigError
+from pipeline.keys import is_pool_name
 
 DEFAULT_FILE = Path("config.toml")
 ENV_PREFIX = "BATON_"
 ENV_FILE = "BATON_CONFIG"  # names the settings file; the only variable with the prefix that is not a key
-_POOL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")  # a Redis hash tag and a path of the API
 
 
 class Key(NamedTuple):
@@ -164,8 +164,8 @@ def _flag_values(overrides: Sequence[str]) -> dict[str, Value]:
 
 def _checked(pairs: Iterable[tuple[str, Any]], pools: list[str], source: str, *, strict: bool) -> dict[str, Value]:
     for name in pools:
-        if not _POOL_NAME.fullmatch(name):
-            raise ConfigError(f"{source}: pools.{name}: a pool's name has letters, digits and . _ / - only")
+        if not is_pool_name(name):
+            raise ConfigError(f"{source}: pools.{name}: a pool's name is 1 to 64 letters, digits, dots, _ and -")
     keys = {key.path: key for key in known_keys(pools)}
     values = {}
     for path, value in pairs:

@@ -95,7 +95,7 @@ def test_a_flag_can_add_a_pool():
             "[pools.'a{b}']\nmodel = 'x'",
             {},
             [],
-            "{file}: pools.a{{b}}: a pool's name has letters, digits and . _ / - only",
+            "{file}: pools.a{{b}}: a pool's name is 1 to 64 letters, digits, dots, _ and -",
         ),
         ("[api]\nport = '8000'", {}, [], "{file}: api.port: expected a whole number, got '8000'"),
         ("[api]\nport = true", {}, [], "{file}: api.port: expected a whole number, got True"),

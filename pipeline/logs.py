@@ -1,0 +1,62 @@
+"""Logs of a process: one line an event to stderr, for people (console) or programs (json).
+
+The message is constant, what varies is in fields: `log.info("request ended", request_id=id, state="done")`. What is bound
+with `structlog.contextvars.bind_contextvars(request_id=...)` stands in every line of that task. Lines of libraries that use
+the standard `logging` come out in the same form.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from pipeline.config import LogSettings
+
+_QUIET = ("httpx", "httpcore", "asyncio", "filelock")  # they report each call at info; warnings still show
+
+
+def configure(settings: LogSettings, process: str) -> None:
+    """Sets up logging for this process; `process` ("api", "decode-0") stands in every line. Call it once, in `main`."""
+    level = logging.getLevelNamesMapping()[settings.level.upper()]
+
+    def name_process(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        event["process"] = process
+        return event
+
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        name_process,
+        _timestamp(settings),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=_last(settings), foreign_pre_chain=shared))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+def _last(settings: LogSettings) -> list[Processor]:
+    drop = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    if settings.format == "json":
+        return [drop, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(sort_keys=False)]
+    plain = structlog.dev.plain_traceback  # frames without local variables: those hold prompts
+    return [drop, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+
+
+def _timestamp(settings: LogSettings) -> Processor:
+    if settings.format == "json":
+        return structlog.processors.TimeStamper(fmt="iso", utc=True)
+    return structlog.processors.TimeStamper(fmt="%H:%M:%S.%f", utc=False)
