@@ -12,11 +12,15 @@ Life of a request in a pair of engines:
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Protocol
+from importlib import import_module
+from typing import Protocol, cast
 
 import msgspec
 
+from pipeline.config import EngineSettings, PoolSettings
+from pipeline.errors import ConfigError
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
+from workers.transfer import Transfer
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +45,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     blocks_free: int = 0  # free now or by eviction from the prefix cache
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
-    prompt_tokens_computed: int = 0
+    prompt_tokens_computed: int = 0  # for the first time here
+    recomputed_tokens: int = 0  # prompt and output tokens computed again after a preemption
     output_tokens: int = 0
     preemptions: int = 0
     handles_exported: int = 0  # handles not yet released
@@ -109,3 +114,20 @@ class AsyncEngine(Protocol):
     async def close(self) -> None:
         """Stop and give back all memory, shared memory included. May be called twice."""
         ...
+
+
+class EngineFactory(Protocol):
+    """What a module of `workers.engines` offers as `create_engine`."""
+
+    def __call__(self, pool: PoolSettings, engine: EngineSettings, transfer: Transfer) -> AsyncEngine:
+        """An engine that has not started; it starts and closes the transfer."""
+        ...
+
+
+def load_engine(pool: PoolSettings, engine: EngineSettings, transfer: Transfer) -> AsyncEngine:
+    """The engine that the pool names, not yet started. Only its own module is imported, so torch costs nobody else."""
+    modules = {"torch": "workers.engines.torch.engine", "mock": "workers.engines.mock"}
+    if pool.engine not in modules:
+        raise ConfigError(f"pools.<name>.engine: {pool.engine!r} is none of {', '.join(modules)}")
+    create = cast(EngineFactory, import_module(modules[pool.engine]).create_engine)
+    return create(pool, engine, transfer)

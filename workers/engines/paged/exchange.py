@@ -1,0 +1,49 @@
+"""What a transfer sees of an engine's memory: some blocks to read, some blocks to fill."""
+
+from __future__ import annotations
+
+from workers.engines.paged.runner import Runner
+
+
+class ExportedBlocks:
+    """A `BlockSource` over blocks of a runner."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        request_id: str,
+        layout: str,
+        blocks: list[int],
+        block_nbytes: int,
+        num_tokens: int,
+        cached_tokens: int,
+    ) -> None:
+        self._runner = runner
+        self._blocks = blocks
+        self.request_id = request_id
+        self.layout = layout
+        self.num_tokens = num_tokens
+        self.num_blocks = len(blocks)
+        self.nbytes = len(blocks) * block_nbytes
+        self.cached_tokens = cached_tokens
+
+    def gather(self, out: memoryview) -> None:
+        """See `BlockSource.gather`."""
+        self._runner.gather(self._blocks, out)
+
+
+class FetchedBlocks:
+    """A `BlockSink` over the blocks of a table, of which the first `skip` are filled already."""
+
+    def __init__(self, runner: Runner, *, layout: str, blocks: list[int], block_nbytes: int, skip: int) -> None:
+        self._runner = runner
+        self._blocks = blocks
+        self._skip = skip
+        self._block_nbytes = block_nbytes
+        self.layout = layout
+        self.nbytes = len(blocks) * block_nbytes
+
+    def scatter(self, data: memoryview) -> None:
+        """See `BlockSink.scatter`."""
+        self._runner.scatter(data[self._skip * self._block_nbytes :], self._blocks[self._skip :])

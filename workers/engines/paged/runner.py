@@ -1,0 +1,86 @@
+"""The contract of a runner: what computes a step. It owns the bytes of the blocks and knows nothing of requests or waiting."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from pipeline.protocol import SamplingOptions
+
+
+class Draw(msgspec.Struct, frozen=True, gc=False):
+    """How one token is chosen. Equal (seed, choice, index) over equal logits give the equal token, alone or in a batch."""
+
+    options: SamplingOptions
+    choice: int
+    index: int  # of the token in its choice's log
+    banned: tuple[int, ...]  # ids that may not come now
+    eos_token_ids: tuple[int, ...]
+
+
+class Row(msgspec.Struct, frozen=True, gc=False):
+    """A run of tokens of one sequence: `token_ids` stand at positions `start`, `start + 1`, ...
+
+    The runner writes their keys and values into the blocks of `table`, where those of all positions before `start`
+    already are, and chooses one token for each of `draws` from the logits of the last position.
+    """
+
+    token_ids: list[int]
+    start: int
+    table: array[int]
+    draws: list[Draw]
+
+
+class RowFailure(msgspec.Struct, frozen=True):
+    """No token could be chosen; the message says why. The other rows of the step are sound."""
+
+    message: str
+
+
+Chosen = int | RowFailure
+
+
+class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a runner is once started."""
+
+    name: str
+    model: str
+    layout: str  # fingerprint of weights, dtype, block size and order within a block
+    block_size: int
+    num_blocks: int
+    block_nbytes: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefix_cache: bool
+
+
+class Runner(Protocol):
+    """See the module's docstring. `run` is never called twice at once; the rest may be called beside it for other blocks."""
+
+    async def start(self) -> RunnerInfo:
+        """Load the model and take the memory of all blocks. Raises `Unservable` naming what it cannot serve."""
+        ...
+
+    async def run(self, rows: Sequence[Row]) -> list[Chosen]:
+        """Compute a step; returns one token for each draw, in order of rows and draws. Leaves the event loop free."""
+        ...
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy the bytes of a block. Not called during `run`."""
+        ...
+
+    def gather(self, blocks: Sequence[int], out: memoryview) -> None:
+        """Write the bytes of these blocks, in order, into `out`. Called from any thread."""
+        ...
+
+    def scatter(self, data: memoryview, blocks: Sequence[int]) -> None:
+        """Fill these blocks, in order, from `data`. Called from any thread."""
+        ...
+
+    async def close(self) -> None:
+        """Give the memory back. May be called twice."""
+        ...
