@@ -1,0 +1,96 @@
+"""Text to tokens: messages or a prompt become a `BackendInput` that fits the model's context, or an error that names the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from pipeline.errors import ContextLengthExceeded, InvalidRequest
+from pipeline.protocol import BackendInput, OutputOptions, SamplingOptions, StopConditions
+from pipeline.tokenizer import Message, Tokenizer
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client wants beside the prompt; `stop.max_tokens` None means as many as the pool's default and the context allow."""
+
+    stop: StopConditions = StopConditions()
+    sampling: SamplingOptions = SamplingOptions()
+    output: OutputOptions = OutputOptions()
+
+
+class Preprocessor:
+    """Chat template, tokenizer and limits of one pool. Pure but for the tokenizer, and safe to call in threads.
+
+    `model`: the pool's name as clients say it. `max_model_len`: prompt and output tokens together, at most.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, model: str, max_model_len: int, default_max_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+        self.max_model_len = max_model_len
+        self.default_max_tokens = default_max_tokens
+
+    def chat(
+        self,
+        request_id: str,
+        messages: Sequence[Message],
+        wanted: Wanted,
+        *,
+        template_variables: dict[str, Any] | None = None,
+    ) -> BackendInput:
+        """Messages by the model's chat template. Raises InvalidRequest (no template, or it refuses) and ContextLengthExceeded."""
+        if not self.tokenizer.has_chat_template:
+            raise InvalidRequest(
+                f"model {self.model!r} has no chat template, so it takes no messages: use /v1/completions",
+                param="messages",
+            )
+        text = self.tokenizer.render(messages, **(template_variables or {}))
+        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._assemble(request_id, token_ids, wanted, param="messages")
+
+    def completion(self, request_id: str, prompt: str | Sequence[int], wanted: Wanted) -> BackendInput:
+        """A prompt as text or as token ids. Raises InvalidRequest and ContextLengthExceeded."""
+        if isinstance(prompt, str):
+            token_ids = self.tokenizer.encode(prompt, add_special_tokens=True)
+        else:
+            token_ids = list(prompt)
+            self._check_ids(token_ids, "prompt")
+        return self._assemble(request_id, token_ids, wanted, param="prompt")
+
+    def _assemble(self, request_id: str, token_ids: list[int], wanted: Wanted, *, param: str) -> BackendInput:
+        self._check_ids(wanted.stop.stop_token_ids or [], "stop_token_ids")
+        max_tokens = self._fit(len(token_ids), wanted.stop.max_tokens, param)
+        return BackendInput(
+            request_id=request_id,
+            model=self.model,
+            token_ids=token_ids,
+            stop_conditions=replace(wanted.stop, max_tokens=max_tokens),
+            sampling_options=wanted.sampling,
+            output_options=wanted.output,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+        )
+
+    def _fit(self, prompt_tokens: int, max_tokens: int | None, param: str) -> int:
+        """How many tokens may be generated."""
+        if prompt_tokens == 0:
+            raise InvalidRequest("the prompt has no tokens", param=param)
+        remaining = self.max_model_len - prompt_tokens
+        if remaining < (max_tokens or 1):
+            asked = "leaves none for the answer" if max_tokens is None else f"{max_tokens} more are asked for"
+            raise ContextLengthExceeded(
+                f"model {self.model!r} has a context of {self.max_model_len} tokens; "
+                f"the prompt has {prompt_tokens} and {asked}",
+                param=param,
+            )
+        return min(self.default_max_tokens, remaining) if max_tokens is None else max_tokens
+
+    def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        size = self.tokenizer.vocab_size
+        for position, token_id in enumerate(token_ids):
+            if not 0 <= token_id < size:
+                raise InvalidRequest(
+                    f"token id {token_id} is outside the model's vocabulary of {size}", param=f"{param}[{position}]"
+                )

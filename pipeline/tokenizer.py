@@ -1,0 +1,191 @@
+"""One model's tokenizer and what text handling must know of the model: end tokens, chat template, longest context.
+
+Loaded from a folder or a hub id. A model with a `tokenizer.json` is read through `PreTrainedTokenizerFast`, which leaves torch alone
+(60 MB and 0.7 s instead of 250 MB and 3 s where torch is installed); others fall back to `AutoTokenizer`, which may convert them.
+
+A token's bytes are a table where the model's decoder works on bytes (byte-level BPE, or byte fallback as in SentencePiece models).
+Then the text of a sequence is the UTF-8 decoding of the joined bytes, and detokenizing costs one look-up a token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer as TokenizerBackend
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
+
+from pipeline.errors import ConfigError, InvalidRequest
+
+BUILT_IN_MODELS = Path(__file__).parent / "models"
+
+Message = Mapping[str, Any]
+TokenToBytes = Callable[[str], bytes]
+
+
+class Tokenizer:
+    """Text to token ids and back for one model. Reading only; safe to share between threads.
+
+    `eos_token_ids` end a generation; `vocab_size` bounds ids in requests (the model's embedding rows where `config.json` says so);
+    `max_model_len` is what `config.json` says, None where it says nothing.
+    """
+
+    def __init__(
+        self, hf: Any, *, config: Mapping[str, Any] | None = None, generation_config: Mapping[str, Any] | None = None
+    ) -> None:
+        config, generation_config = config or {}, generation_config or {}
+        self._hf = hf
+        self._backend: TokenizerBackend = hf.backend_tokenizer
+        self._tables: dict[bool, list[bytes] | None] = {}
+        self.eos_token_ids: list[int] = _eos_token_ids(hf, config, generation_config)
+        self.vocab_size: int = _model_value(config, "vocab_size") or self._backend.get_vocab_size(
+            with_added_tokens=True
+        )
+        self.max_model_len: int | None = _max_model_len(config)
+
+    @classmethod
+    def load(cls, source: str) -> Tokenizer:
+        """`source`: the name of a built-in model, a folder, or a hub id. Raises ConfigError where there is no usable tokenizer."""
+        place = model_source(source)
+        try:
+            hf = _load_hf(place)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"no tokenizer in {source!r}: {error}") from error
+        if getattr(hf, "backend_tokenizer", None) is None:
+            raise ConfigError(f"the tokenizer of {source!r} has no fast form (tokenizer.json)")
+        return cls(
+            hf, config=_read_json(place, "config.json"), generation_config=_read_json(place, "generation_config.json")
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of `text`. Releases the GIL while it works (the batch call does, the single one does not)."""
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of a whole sequence, as the model's own decoder gives it."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model can be talked to in messages."""
+        return self._hf.chat_template is not None
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The prompt that the model's chat template makes of `messages`. Raises InvalidRequest where the template refuses them."""
+        try:
+            text: str = self._hf.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return text
+
+    def token_bytes(self, *, skip_special_tokens: bool) -> list[bytes] | None:
+        """Bytes of each token id, or None where the model's decoder does not work on bytes. Built once, then shared."""
+        if skip_special_tokens not in self._tables:
+            self._tables[skip_special_tokens] = self._build_table(skip_special_tokens)
+        return self._tables[skip_special_tokens]
+
+    def _build_table(self, skip_special_tokens: bool) -> list[bytes] | None:
+        decoder = self._backend.decoder
+        to_bytes = _token_to_bytes(json.loads(decoder.__getstate__()) if decoder is not None else None)
+        if to_bytes is None:
+            return None
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        table = [b""] * max(self.vocab_size, max(vocab.values(), default=-1) + 1)
+        for token, index in vocab.items():
+            table[index] = to_bytes(token)
+        for index, added in self._backend.get_added_tokens_decoder().items():
+            table[index] = b"" if skip_special_tokens and added.special else to_bytes(added.content)
+        return table
+
+
+def model_source(source: str) -> str:
+    """Where a model is: the folder of a built-in model by its name, everything else as it stands."""
+    built_in = BUILT_IN_MODELS / source
+    return str(built_in) if source and (built_in / "config.json").is_file() else source
+
+
+def _load_hf(place: str) -> Any:
+    if cached_file(place, "tokenizer.json", _raise_exceptions_for_missing_entries=False) is not None:
+        return PreTrainedTokenizerFast.from_pretrained(place)
+    return AutoTokenizer.from_pretrained(place)
+
+
+def _read_json(place: str, name: str) -> dict[str, Any]:
+    path = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return {}
+    value = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} of {place!r} is not an object")
+    return value
+
+
+def _model_value(config: Mapping[str, Any], key: str) -> int | None:
+    """A number of the text model, which multimodal configurations keep one level down."""
+    value = config.get(key, config.get("text_config", {}).get(key))
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _max_model_len(config: Mapping[str, Any]) -> int | None:
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length"):
+        value = _model_value(config, key)
+        if value is not None:
+            return value
+    return None
+
+
+def _eos_token_ids(hf: Any, config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> list[int]:
+    """The ids that `generation_config.json` names (else `config.json`), and the tokenizer's own."""
+    ids: list[int] = []
+    for named in (generation_config.get("eos_token_id", config.get("eos_token_id")), hf.eos_token_id):
+        ids.extend([named] if isinstance(named, int) else named or [])
+    return list(dict.fromkeys(ids))
+
+
+def _token_to_bytes(decoder: Any) -> TokenToBytes | None:
+    """A function from a token's name in the vocabulary to its bytes, for the decoders that can be told by a table."""
+    steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
+    kinds = [step["type"] if step else None for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _byte_level(_byte_level_alphabet())
+    if kinds == ["Metaspace"]:
+        return _sentence_piece(str(steps[0]["replacement"]), byte_fallback=False)
+    is_space = kinds[:1] == ["Replace"] and steps[0]["content"] == " " and "String" in steps[0]["pattern"]
+    if is_space and kinds[1:] in (["ByteFallback", "Fuse"], ["ByteFallback", "Fuse", "Strip"]):
+        return _sentence_piece(str(steps[0]["pattern"]["String"]), byte_fallback=True)
+    return None
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: itself where it prints, else the next code point from 256 on."""
+    prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in prints]
+    return {chr(byte): byte for byte in prints} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _byte_level(alphabet: Mapping[str, int]) -> TokenToBytes:
+    def to_bytes(token: str) -> bytes:
+        try:
+            return bytes([alphabet[char] for char in token])
+        except KeyError:  # an added token that was never spelt in the alphabet
+            return token.encode()
+
+    return to_bytes
+
+
+def _sentence_piece(space: str, *, byte_fallback: bool) -> TokenToBytes:
+    def to_bytes(token: str) -> bytes:
+        if byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        return token.replace(space, " ").encode()
+
+    return to_bytes
