@@ -188,9 +188,12 @@ class PoolQueue:
         answer = await self._call("handover", delivery.id, delivery.epoch, worker, lane, *handle, cached_tokens, *items)
         return _verdict(answer), answer[1].decode() if len(answer) > 1 else ""
 
-    async def fetched(self, delivery: Delivery, worker: str, *, recomputed: str = "") -> Verdict:
-        """The handle is not needed any more: fetched, or lost for the reason `recomputed`."""
-        return _verdict(await self._call("fetched", delivery.id, delivery.epoch, worker, recomputed))
+    async def fetched(
+        self, delivery: Delivery, worker: str, *, recomputed: str = "", cached_tokens: int | None = None
+    ) -> Verdict:
+        """The request runs here and its handle is not needed any more: fetched, or lost for the reason `recomputed`."""
+        cached = "" if cached_tokens is None else cached_tokens
+        return _verdict(await self._call("fetched", delivery.id, delivery.epoch, worker, recomputed, cached))
 
     async def step(self, items: Sequence[StepItem]) -> list[Verdict]:
         """Log and publish the outputs of a step, one script call for each API process among them."""

@@ -34,6 +34,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_nbytes: int
     max_model_len: int  # prompt and output, tokens
     max_num_seqs: int  # choices that run at once
+    max_num_batched_tokens: int  # tokens of one step
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

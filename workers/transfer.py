@@ -7,10 +7,12 @@ The engine says where the blocks are in its memory (`BlockSource`, `BlockSink`);
 
 from __future__ import annotations
 
-from typing import Protocol
+from importlib import import_module
+from typing import Protocol, cast
 
 import msgspec
 
+from pipeline.config import TransferSettings
 from pipeline.protocol import KVHandle
 
 
@@ -79,3 +81,18 @@ class Transfer(Protocol):
     async def close(self) -> None:
         """Give everything back. May be called twice."""
         ...
+
+
+class TransferFactory(Protocol):
+    """What a module of `workers.transfers` offers as `create_transfer`."""
+
+    def __call__(self, settings: TransferSettings, owner: str, *, exports: bool) -> Transfer:
+        """A transfer that has not started; `exports` False takes no memory for blocks of its own."""
+        ...
+
+
+def load_transfer(settings: TransferSettings, owner: str, *, exports: bool) -> Transfer:
+    """The transfer that the settings name, not yet started. `owner` is the worker's name."""
+    modules = {"shm": "workers.transfers.shm"}
+    create = cast(TransferFactory, import_module(modules[settings.kind]).create_transfer)
+    return create(settings, owner, exports=exports)

@@ -17,7 +17,7 @@ import xxhash
 from pipeline.config import TransferSettings
 from pipeline.errors import KVLost, TransferError, WireError
 from pipeline.protocol import KVHandle
-from workers.transfer import BlockSink, BlockSource, TransferStats
+from workers.transfer import BlockSink, BlockSource, Transfer, TransferStats
 from workers.transfers.arena import NAME, Arena, PeerArena, Unreadable, remove_orphans, slabs_of
 from workers.transfers.slabs import Run, SlabMap
 
@@ -40,6 +40,11 @@ class ShmParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     first: SlabNumber
     count: SlabNumber
     generation: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+
+
+def create_transfer(settings: TransferSettings, owner: str, *, exports: bool) -> Transfer:
+    """Shared memory as configured."""
+    return ShmTransfer(settings, owner, exports=exports)
 
 
 class ShmTransfer:

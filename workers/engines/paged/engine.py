@@ -529,6 +529,7 @@ def describe(runner: RunnerInfo) -> EngineInfo:
         block_nbytes=runner.block_nbytes,
         max_model_len=min(runner.max_model_len, runner.num_blocks * runner.block_size),
         max_num_seqs=runner.max_num_seqs,
+        max_num_batched_tokens=runner.max_num_batched_tokens,
     )
 
 

@@ -1,0 +1,119 @@
+"""`python -m workers prefill|decode`: one worker process of one pool. The only place here that wires parts together."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+
+import structlog
+import uvloop
+
+from pipeline.config import Settings
+from pipeline.connection import Connection
+from pipeline.errors import BatonError, ConfigError
+from pipeline.ids import new_process_name
+from pipeline.logs import configure
+from pipeline.processes import die_with_parent
+from pipeline.protocol import LLMEngineOutput
+from pipeline.settings_file import add_arguments, settings_from
+from workers import decode, prefill
+from workers.child import ChildEngine
+from workers.holdings import Held, Holdings
+from workers.steps import StepWriter
+from workers.stops import StopStrings
+from workers.supervisor import EngineCapacity, EngineSupervisor
+from workers.worker import Worker
+
+log = structlog.get_logger("baton.worker")
+
+
+def main() -> None:
+    """Run a worker until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
+    parser = argparse.ArgumentParser(prog="baton worker", description="Run one prefill or decode worker.")
+    parser.add_argument("stage", choices=("prefill", "decode"))
+    parser.add_argument("--pool", default="", help="the pool to serve (default: the only one in the configuration)")
+    parser.add_argument("--name", default="", help="worker name (default: made from stage, host and process id)")
+    parser.add_argument("--parent", type=int, default=0, help="end when this process ends")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.parent:
+        die_with_parent(arguments.parent)
+    try:
+        settings = settings_from(arguments, os.environ)
+        name = arguments.name or new_process_name(arguments.stage)
+        configure(settings.log, name)
+        pool = only_pool(settings, arguments.pool)
+        uvloop.run(run(settings, pool, arguments.stage, name))
+    except BatonError as error:
+        sys.exit(f"baton worker: {error}")
+
+
+def only_pool(settings: Settings, wanted: str) -> str:
+    """The pool to serve. Raises `ConfigError` listing what there is."""
+    if wanted in settings.pools:
+        return wanted
+    if not wanted and len(settings.pools) == 1:
+        return next(iter(settings.pools))
+    raise ConfigError(f"which pool? --pool {wanted!r} is none of {sorted(settings.pools)}")
+
+
+async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
+    """Start the engine, work until drained, close everything."""
+    pool_settings = settings.pools[pool]
+    holdings = Holdings()
+    engine = ChildEngine(name, pool_settings, settings.engine, settings.transfer, exports=stage == "prefill")
+    stops = StopStrings(pool_settings.tokenizer or pool_settings.model)
+    connection = Connection(settings.redis)
+    supervisor = EngineSupervisor(
+        engine, holdings, settings.worker, on_outputs=lambda outputs: take(outputs), on_change=lambda: worker.wake()
+    )
+    worker = Worker(
+        connection, pool, name, settings.worker, holdings=holdings, resources=engine,
+        capacity=EngineCapacity(engine, holdings, lambda: supervisor.is_up, stage=stage),
+        overtake_ms=settings.queue.overtake_ms,
+    )  # fmt: skip
+
+    async def stop(held: Held, why: str) -> None:
+        await engine.cancel(held.id)
+        held.drop(why)
+
+    steps = StepWriter(worker.queue, holdings, stop=stop)
+
+    def take(outputs: list[LLMEngineOutput]) -> None:
+        kept = stops.cut_all(outputs)
+        steps.put(kept)
+
+    if stage == "prefill":
+        prefill.register(worker, engine, stops)
+    else:
+        decode.register(worker, engine, holdings, stops)
+    try:
+        await supervisor.start()
+        await _work(worker, supervisor, steps)
+    finally:
+        await supervisor.close()
+        await connection.close()
+
+
+async def _work(worker: Worker, supervisor: EngineSupervisor, steps: StepWriter) -> None:
+    loop = asyncio.get_running_loop()
+    background = [asyncio.create_task(supervisor.run()), asyncio.create_task(steps.run())]
+    working = asyncio.create_task(worker.run())
+    signals = iter((worker.drain, lambda: os._exit(1)))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: next(signals)())
+    try:
+        done, _ = await asyncio.wait([working, *background], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in (working, *background):
+            task.cancel()
+        await asyncio.gather(working, *background, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The decode stage: fetch the blocks, say so, join the batch, stay until the last choice has ended."""
+
+from __future__ import annotations
+
+import structlog
+
+from pipeline.errors import KVLost
+from pipeline.queue import Verdict
+from workers.engine import AsyncEngine
+from workers.holdings import Holdings, Task
+from workers.outcome import Done, Dropped, Outcome
+from workers.stops import StopStrings
+from workers.worker import Worker
+
+log = structlog.get_logger("baton.decode")
+
+
+def register(worker: Worker, engine: AsyncEngine, holdings: Holdings, stops: StopStrings) -> None:
+    """Make `worker` run decode tasks on `engine`. Its outputs come through the step writer."""
+
+    @worker.task("decode", queue="decode")
+    async def decode(task: Task) -> Outcome:
+        held = holdings.get(task.request.id)
+        assert held is not None
+        if not held.open:  # the worker before this one wrote the last token and died before it said so
+            return Done()
+        await stops.open(task)
+        try:
+            cached_tokens, recomputed = await _join(engine, task)
+            verdict = await worker.queue.fetched(
+                task.delivery, worker.name, recomputed=recomputed, cached_tokens=None if task.handle else cached_tokens
+            )
+            if verdict is not Verdict.ACCEPTED:
+                return Dropped(verdict.name.lower())
+            await held.complete
+            return Done()
+        finally:
+            stops.forget(task.request.id)
+
+
+async def _join(engine: AsyncEngine, task: Task) -> tuple[int, str]:
+    """Join the batch; returns cached prompt tokens and, where blocks had to be computed again, why."""
+    request, handle = task.request.input, task.handle
+    if handle is not None:
+        try:
+            return await engine.decode(request, handle, task.log), ""
+        except KVLost as lost:
+            log.warning(
+                "blocks lost, computed again", request_id=request.request_id, reason=lost.reason, error=str(lost)
+            )
+            return await engine.decode(request, None, task.log), lost.reason
+    resumed = any(task.log.tokens)
+    return await engine.decode(request, None, task.log), "resumed" if resumed else ""

@@ -1,0 +1,69 @@
+"""What a stage's handler says of a task: expected ends are values, exceptions are surprises (and become one of these)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pipeline.errors import DeadlineExceeded, EngineDied, RedisUnavailable, TransferError, Unservable, WireError
+from pipeline.protocol import KVHandle, LLMEngineOutput
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Done:
+    """The request is complete; its tokens are in the log."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Handover:
+    """Prefill is complete: the first outputs, and where the blocks are. `kv` None: every choice ended."""
+
+    outputs: list[LLMEngineOutput]
+    kv: KVHandle | None
+    cached_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Retry:
+    """The task waits again, ahead of new ones. A delivery without progress counts as an attempt when `counts`."""
+
+    why: str
+    counts: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fail:
+    """The request ends as failed: repeating it cannot help."""
+
+    why: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reject:
+    """The task itself is bad: dead-lettered, which ends the request."""
+
+    why: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dropped:
+    """Not this worker's any more (ended elsewhere, lease lost): nothing is left to say."""
+
+    why: str
+
+
+Outcome = Done | Handover | Retry | Fail | Reject | Dropped
+
+
+def classify(error: BaseException) -> Outcome:
+    """The outcome of a handler that raised."""
+    match error:
+        case WireError():
+            return Reject(str(error))
+        case Unservable():
+            return Fail(str(error))
+        case DeadlineExceeded():
+            return Dropped(str(error))
+        case EngineDied() | RedisUnavailable() | TransferError():
+            return Retry(str(error))
+        case _:
+            return Retry(f"{type(error).__name__}: {error}")

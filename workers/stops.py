@@ -1,0 +1,58 @@
+"""Stop strings are decided where tokens are made, so that log, usage and finish reason are the same with and without a client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from pipeline.backend import Backend
+from pipeline.protocol import FinishReason, LLMEngineOutput
+from pipeline.tokenizer import Tokenizer
+from workers.holdings import Task
+
+
+class StopStrings:
+    """Text state of the choices that have stop strings. The tokenizer is loaded when the first such request comes."""
+
+    def __init__(self, tokenizer_source: str) -> None:
+        self._source = tokenizer_source
+        self._tokenizer: Tokenizer | None = None
+        self._loading = asyncio.Lock()
+        self._choices: dict[str, list[Backend]] = {}
+
+    async def open(self, task: Task) -> None:
+        """Begin a request: the text of its choices stands where their logs do."""
+        request = task.request.input
+        if not request.stop_conditions.stop:
+            return
+        async with self._loading:
+            if self._tokenizer is None:
+                self._tokenizer = await asyncio.to_thread(Tokenizer.load, self._source)
+        backends = [Backend(self._tokenizer, request) for _ in task.log.tokens]
+        for backend, tokens in zip(backends, task.log.tokens, strict=True):
+            backend.push(tokens)
+        self._choices[request.request_id] = backends
+
+    def cut(self, output: LLMEngineOutput) -> LLMEngineOutput | None:
+        """The output up to the token that completes a stop string; None for what comes after it."""
+        backends = self._choices.get(output.request_id)
+        if backends is None or not output.token_ids:
+            return output
+        text = backends[output.choice].push(output.token_ids, output.finish_reason)
+        if not text.stopped:
+            return output
+        if not text.accepted:
+            return None
+        return msgspec.structs.replace(
+            output, token_ids=output.token_ids[: text.accepted], finish_reason=FinishReason.STOP
+        )
+
+    def cut_all(self, outputs: Sequence[LLMEngineOutput]) -> list[LLMEngineOutput]:
+        """`cut` of each, without those that are gone."""
+        return [kept for output in outputs if (kept := self.cut(output)) is not None]
+
+    def forget(self, request_id: str) -> None:
+        """The request is over here."""
+        self._choices.pop(request_id, None)

@@ -1,0 +1,130 @@
+"""Keeps a worker's engine running: starts it, passes its outputs on, replaces it when it dies or stalls."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from pipeline.config import WorkerSettings
+from pipeline.errors import BatonError, EngineDied
+from pipeline.protocol import LLMEngineOutput
+from workers.child import ChildEngine
+from workers.holdings import Holdings
+
+log = structlog.get_logger("baton.engine")
+
+
+class EngineSupervisor:
+    """Owns the child. `start` once, then `run` until cancelled, then `close`."""
+
+    def __init__(
+        self, engine: ChildEngine, holdings: Holdings, settings: WorkerSettings, *,
+        on_outputs: Callable[[list[LLMEngineOutput]], None], on_change: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.is_up = False
+        self._engine = engine
+        self._holdings = holdings
+        self._settings = settings
+        self._on_outputs = on_outputs
+        self._on_change = on_change
+
+    async def start(self) -> None:
+        """First start; what the engine cannot serve is raised here, before any task is claimed."""
+        await self._engine.start()
+        self.is_up = True
+        log.info("engine is up", pid=self._engine.pid, **msgspec.to_builtins(self._engine.info))
+
+    async def run(self) -> None:
+        """Pass outputs on; after a death every held delivery fails with `EngineDied` and the engine is started again."""
+        delay_s = 0.2
+        while True:
+            stalls = asyncio.create_task(self._watch_for_stall(), name="engine stall watch")
+            try:
+                async for outputs in self._engine.steps():
+                    self._on_outputs(outputs)
+                    delay_s = 0.2
+            except EngineDied as error:
+                self.is_up = False
+                log.error("engine died", error=str(error), held=len(self._holdings))
+                for held in self._holdings.all():
+                    held.fail(error)
+            finally:
+                stalls.cancel()
+            await self._engine.close()
+            await self._restart(delay_s)
+            delay_s = min(delay_s * 2, 30.0)
+
+    async def _restart(self, delay_s: float) -> None:
+        while True:
+            await asyncio.sleep(delay_s)
+            try:
+                await self._engine.start()
+            except BatonError as error:
+                log.error("engine does not start, trying again", error=str(error), next_try_s=delay_s)
+                await self._engine.close()
+                delay_s = min(delay_s * 2, 30.0)
+                continue
+            self.is_up = True
+            self._on_change()
+            log.info("engine is up again", pid=self._engine.pid)
+            return
+
+    async def _watch_for_stall(self) -> None:
+        """Kill a child that has work but whose step counter stands still: its tasks go to somebody who moves."""
+        steps, moved_s = -1, time.monotonic()
+        while True:
+            await asyncio.sleep(min(1.0, self._settings.stall_s / 4))
+            now_s = time.monotonic()
+            if not len(self._holdings) or self._engine.stats().steps != steps:
+                steps, moved_s = self._engine.stats().steps, now_s
+            elif now_s - moved_s > self._settings.stall_s:
+                log.error("engine stalled, stopping it", pid=self._engine.pid, seconds=round(now_s - moved_s, 1))
+                await self._engine.kill()
+                return
+
+    async def close(self) -> None:
+        """Stop the engine in good order."""
+        self.is_up = False
+        await self._engine.close()
+
+
+class EngineCapacity:
+    """What a worker may claim: bounded by blocks and sequences, and for prefill by tokens in work and room for handles."""
+
+    def __init__(self, engine: ChildEngine, holdings: Holdings, supervisor: Callable[[], bool], *, stage: str) -> None:
+        self._engine = engine
+        self._holdings = holdings
+        self._is_up = supervisor
+        self._stage = stage
+
+    def free_blocks(self) -> int:
+        """See `Capacity.free_blocks`. A worker never claims what it would only keep waiting while others are idle."""
+        if not self._is_up():
+            return 0
+        info = self._engine.info
+        in_use = self._holdings.blocks(info.block_size)
+        if self._stage == "prefill":
+            if self._holdings.prompt_tokens() >= max(1, info.max_num_batched_tokens):
+                return 0
+            room = self._engine.stats().handle_bytes_free // info.block_nbytes
+            return min(info.num_blocks, room) - in_use
+        if self._holdings.choices() >= info.max_num_seqs:
+            return 0
+        return info.num_blocks - in_use
+
+    def total_blocks(self) -> int:
+        """See `Capacity.total_blocks`."""
+        info = self._engine.info
+        if self._stage != "prefill":
+            return info.num_blocks
+        stats = self._engine.stats()
+        return min(info.num_blocks, (stats.handle_bytes + stats.handle_bytes_free) // info.block_nbytes)
+
+    def describe(self) -> bytes:
+        """Engine facts and figures, for status and metrics."""
+        info, stats = self._engine.info, self._engine.stats()
+        return msgspec.json.encode({"stage": self._stage, "up": self._is_up(), "engine": info, "stats": stats})

@@ -1,0 +1,359 @@
+"""A worker process: claims tasks of one stage, runs their handlers, settles their outcomes, keeps their leases.
+
+Life of a delivery: claim -> decode -> run -> classify -> settle -> report. Each is a method here; the handler is the only part
+that differs between stages:
+
+    worker = Worker(...)
+
+    @worker.task("prefill", queue="prefill")
+    async def prefill(task: Task) -> Outcome: ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Protocol, assert_never
+
+import msgspec
+import structlog
+
+from pipeline.config import WorkerSettings
+from pipeline.connection import Connection, Subscription
+from pipeline.errors import BatonError, EngineError, RedisUnavailable, WireError
+from pipeline.protocol import BellNote, CancelNote, FreeNote, KVHandle, Note, Request
+from pipeline.queue import LANES, Delivery, PoolQueue, Verdict
+from workers.holdings import Held, Holdings, Task
+from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify
+
+log = structlog.get_logger("baton.worker")
+
+Handler = Callable[[Task], Awaitable[Outcome]]
+
+
+class Capacity(Protocol):
+    """What a worker may start now; asked before each claim."""
+
+    def free_blocks(self) -> int:
+        """Blocks that a new task may take; 0 claims nothing."""
+        ...
+
+    def total_blocks(self) -> int:
+        """Blocks of the largest task that could ever start here."""
+        ...
+
+    def describe(self) -> bytes:
+        """What the worker says of itself with each renewal."""
+        ...
+
+
+class Resources(Protocol):
+    """What a worker's notes act on: the engine's side of cancel and free."""
+
+    async def cancel(self, request_id: str, choice: int | None = None) -> None:
+        """Stop a request locally."""
+        ...
+
+    async def release(self, handle_id: str) -> None:
+        """Free exported blocks."""
+        ...
+
+
+class Worker:
+    """See the module's docstring. `run` returns after `drain` was called and everything held is settled."""
+
+    def __init__(
+        self, connection: Connection, pool: str, name: str, settings: WorkerSettings, *, holdings: Holdings,
+        capacity: Capacity, resources: Resources, overtake_ms: int,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.queue = PoolQueue(connection, pool)
+        self._connection = connection
+        self._settings = settings
+        self._holdings = holdings
+        self._capacity = capacity
+        self._resources = resources
+        self._overtake_ms = overtake_ms
+        self._stage = ""
+        self._handler: Handler | None = None
+        self._exported: dict[
+            str, str
+        ] = {}  # handle id -> request id: blocks that this worker owns until they are fetched
+        self._bell = asyncio.Event()
+        self._renew_now = asyncio.Event()
+        self._draining = asyncio.Event()
+        self._claim_nonce = ""
+        self._decode_request = msgspec.msgpack.Decoder(Request).decode
+        self._decode_handle = msgspec.msgpack.Decoder(KVHandle).decode
+
+    def task(self, name: str, *, queue: str) -> Callable[[Handler], Handler]:
+        """Register the handler of this worker's stage; `queue` is the stage whose lanes it reads."""
+
+        def register(handler: Handler) -> Handler:
+            if self._handler is not None:
+                raise ValueError(f"worker {self.name} already runs {self._stage}; it cannot run {name}, too")
+            self._stage, self._handler = queue, handler
+            return handler
+
+        return register
+
+    def drain(self) -> None:
+        """Stop claiming, finish what is held within `drain_s`, hand back the rest. May be called twice."""
+        self._draining.set()
+        self._bell.set()
+
+    def wake(self) -> None:
+        """Capacity has changed: look at the lanes again."""
+        self._bell.set()
+
+    async def run(self) -> None:
+        """Work until drained."""
+        subscription = await self._connection.subscribe(
+            self.queue.keys.control(self.name), self.queue.keys.bell(self._stage)
+        )
+        await self._renew()
+        background = [
+            asyncio.create_task(work, name=f"{self.name} {label}")
+            for label, work in (
+                ("notes", self._take_notes(subscription)),
+                ("leases", self._keep_leases()),
+                ("sweep", self._sweep()),
+            )
+        ]
+        log.info("ready", worker=self.name, stage=self._stage, lanes=self._lanes())
+        try:
+            await self._claim_until_drained()
+            await self._finish_held()
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            with contextlib.suppress(BatonError):
+                await self.queue.leave(self._stage, self.name)
+            await subscription.close()
+
+    def _lanes(self) -> list[str]:
+        return [f"@{self.name}", *LANES]
+
+    # -- claim ----------------------------------------------------------------------------------------------------------
+
+    async def _claim_until_drained(self) -> None:
+        while not self._draining.is_set():
+            self._bell.clear()
+            delivery = await self._claim()
+            if delivery is not None:
+                self._start(delivery)
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._bell.wait(), self._settings.sweep_s)  # a lost bell costs one interval
+
+    async def _claim(self) -> Delivery | None:
+        free = self._capacity.free_blocks()
+        if free <= 0:
+            return None
+        self._claim_nonce = self._claim_nonce or secrets.token_hex(
+            8
+        )  # kept until answered: a lost reply is given again
+        try:
+            delivery = await self.queue.claim(
+                self._stage, self.name, self._lanes(), free_blocks=free, total_blocks=self._capacity.total_blocks(),
+                overtake_ms=self._overtake_ms, nonce=self._claim_nonce,
+            )  # fmt: skip
+        except BatonError as error:
+            log.warning("cannot claim, trying again", worker=self.name, error=str(error))
+            return None
+        self._claim_nonce = ""
+        return delivery
+
+    # -- one delivery ---------------------------------------------------------------------------------------------------
+
+    def _start(self, delivery: Delivery) -> None:
+        job = asyncio.create_task(self._deliver(delivery), name=f"{self._stage} {delivery.id}")
+        job.add_done_callback(_report_surprise)
+
+    async def _deliver(self, delivery: Delivery) -> None:
+        started_s = time.monotonic()
+        try:
+            task = self._decode(delivery)
+        except WireError as error:
+            await self._settle(delivery, None, Reject(str(error)))
+            return
+        held = Held(task)
+        held.job = asyncio.current_task()
+        self._holdings.add(held)
+        try:
+            outcome = await self._run(held)
+            await self._settle(delivery, held, outcome)
+        finally:
+            self._holdings.remove(held)
+            self._bell.set()  # room for another one
+        self._report(delivery, outcome, time.monotonic() - started_s)
+
+    def _decode(self, delivery: Delivery) -> Task:
+        try:
+            request = self._decode_request(delivery.body)
+            handle = self._decode_handle(delivery.handle) if delivery.handle else None
+        except msgspec.DecodeError as error:
+            raise WireError(f"{delivery.id}: stored task is not readable: {error}") from error
+        return Task(delivery, request, handle)
+
+    async def _run(self, held: Held) -> Outcome:
+        assert self._handler is not None
+        try:
+            return await self._handler(held.task)
+        except asyncio.CancelledError:
+            if not held.dropped:
+                raise
+            return Dropped(held.dropped)
+        except Exception as error:  # whatever a handler raises becomes an outcome of its task
+            if not isinstance(error, BatonError):
+                log.exception("handler raised", request_id=held.id, stage=self._stage)
+            return classify(error)
+
+    async def _settle(self, delivery: Delivery, held: Held | None, outcome: Outcome) -> None:
+        """Say the outcome to Redis; while Redis is away, wait with it: the scripts may be repeated."""
+        while True:
+            try:
+                await self._say(delivery, outcome)
+                return
+            except RedisUnavailable as error:
+                log.warning("outcome not written, trying again", request_id=delivery.id, error=str(error))
+
+    async def _say(self, delivery: Delivery, outcome: Outcome) -> None:
+        attempts = self._settings.max_attempts
+        match outcome:
+            case Done():
+                await self.queue.end(delivery.id, "done", worker=self.name, epoch=delivery.epoch)
+            case Handover():
+                await self._hand_over(delivery, outcome)
+            case Retry():
+                await self._resources.cancel(delivery.id)
+                await self.queue.hand_back(
+                    delivery, self.name, counts=outcome.counts, max_attempts=attempts, why=outcome.why
+                )
+            case Reject():
+                await self.queue.hand_back(delivery, self.name, counts=True, max_attempts=0, why=outcome.why)
+            case Fail():
+                await self.queue.end(delivery.id, "failed", outcome.why, worker=self.name, epoch=delivery.epoch)
+            case Dropped():
+                await self._resources.cancel(delivery.id)
+            case _:
+                assert_never(outcome)
+
+    async def _hand_over(self, delivery: Delivery, outcome: Handover) -> None:
+        verdict, where = await self.queue.handover(
+            delivery, self.name, outcome.outputs, outcome.kv, cached_tokens=outcome.cached_tokens
+        )
+        if outcome.kv is None:
+            return
+        if verdict is Verdict.ACCEPTED and where == "decode":
+            self._exported[outcome.kv.id] = delivery.id
+        else:
+            await self._resources.release(outcome.kv.id)
+
+    def _report(self, delivery: Delivery, outcome: Outcome, seconds: float) -> None:
+        why = getattr(outcome, "why", "")
+        say = log.warning if isinstance(outcome, (Retry, Reject, Fail)) else log.info
+        say(
+            type(outcome).__name__.lower(), request_id=delivery.id, stage=self._stage, epoch=delivery.epoch,
+            ms=round(seconds * 1000, 1), **({"why": why} if why else {}),
+        )  # fmt: skip
+
+    # -- leases, notes, sweep ---------------------------------------------------------------------------------------------
+
+    async def _keep_leases(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._renew_now.wait(), self._settings.lease_s / 4)
+            self._renew_now.clear()
+            try:
+                await self._renew()
+                await self._free_unwanted()
+            except BatonError as error:  # not a lost lease: keep the blocks, ask again
+                log.warning("leases not renewed, trying again", worker=self.name, error=str(error))
+
+    async def _renew(self) -> None:
+        held = self._holdings.all()
+        mine = await self.queue.renew(
+            self._stage, self.name, self._capacity.describe(), self._settings.lease_s, [(h.id, h.epoch) for h in held]
+        )
+        for delivery, still in zip(held, mine, strict=True):
+            if not still and self._holdings.get(delivery.id) is delivery and not delivery.complete.done():
+                delivery.drop("lease lost")
+
+    async def _free_unwanted(self) -> None:
+        exported = dict(self._exported)
+        wanted = await self.queue.wanted(exported)
+        for handle_id in exported.keys() - wanted:
+            await self._free(handle_id)
+
+    async def _free(self, handle_id: str) -> None:
+        self._exported.pop(handle_id, None)
+        await self._resources.release(handle_id)
+        self._bell.set()
+
+    async def _take_notes(self, subscription: Subscription) -> None:
+        decode = msgspec.msgpack.Decoder(Note).decode
+        async for _, data in subscription.messages():
+            if data is None:  # subscribed anew: notes may have been missed
+                self._bell.set()
+                self._renew_now.set()
+                continue
+            try:
+                note = decode(data)
+            except msgspec.DecodeError as error:
+                log.error("note is not readable, left out", worker=self.name, error=str(error))
+                continue
+            match note:
+                case BellNote():
+                    self._bell.set()
+                case FreeNote():
+                    await self._free(note.handle_id)
+                case CancelNote():
+                    held = self._holdings.get(note.id)
+                    if held is not None and held.epoch <= note.epoch:
+                        held.drop("ended elsewhere")
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                done = await self.queue.sweep(
+                    self.name, interval_s=self._settings.sweep_s, lease_s=self._settings.lease_s,
+                    max_attempts=self._settings.max_attempts,
+                )  # fmt: skip
+                if done and any(done.values()):
+                    log.info("swept", worker=self.name, **done)
+            except BatonError as error:
+                log.warning("cannot sweep, trying again", worker=self.name, error=str(error))
+            await asyncio.sleep(self._settings.sweep_s)
+
+    # -- drain ------------------------------------------------------------------------------------------------------------
+
+    async def _finish_held(self) -> None:
+        """Finish what is held, keep exported blocks until they are fetched; after `drain_s` hand back the rest."""
+        give_up_s = time.monotonic() + self._settings.drain_s
+        log.info("draining", worker=self.name, held=len(self._holdings), handles=len(self._exported))
+        while (len(self._holdings) or self._exported) and time.monotonic() < give_up_s:
+            self._bell.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._bell.wait(), 0.2)
+        for held in self._holdings.all():
+            held.fail(Handback(f"{self.name} is leaving"))
+            if held.job is not None:
+                held.job.cancel()
+                await asyncio.wait([held.job], timeout=5)
+            await self.queue.hand_back(
+                held.task.delivery, self.name, counts=False, max_attempts=self._settings.max_attempts, why="drained"
+            )
+
+
+class Handback(EngineError):
+    """The worker leaves before the request is done; another one goes on."""
+
+
+def _report_surprise(job: asyncio.Task[None]) -> None:
+    if not job.cancelled() and (error := job.exception()) is not None:
+        log.error("delivery was not settled; its lease runs out and another worker takes it", error=repr(error))
