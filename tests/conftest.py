@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import LogSettings
+from pipeline.logs import configure
 from pipeline.redis_server import RedisServer, ServerProgram, all_servers
 
 PROGRAMS = [program for program in all_servers() if program.is_supported]
@@ -22,6 +24,7 @@ MIN_VERSIONS_IN_CI = 2
 
 
 def pytest_sessionstart() -> None:
+    configure(LogSettings(level="warning"), "test")
     if IN_CI and len(PROGRAMS) < MIN_VERSIONS_IN_CI:
         found = ", ".join(program.version_text for program in PROGRAMS) or "none"
         pytest.exit(f"CI needs at least {MIN_VERSIONS_IN_CI} versions of Redis; found: {found}", returncode=1)

@@ -1,0 +1,164 @@
+"""Requests through real worker processes: the whole way, and back to an empty pool."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline.client import PoolClient
+from pipeline.protocol import Request
+from pipeline.snapshot import take_snapshot
+from tests.system import System, collect, request
+
+
+async def run(client: PoolClient, item: Request) -> list[list[int]]:
+    tokens, ended = await collect(await client.submit(item), item.input.sampling_options.n)
+    assert ended.state == "done", ended
+    assert ended.usage.completion_tokens == sum(map(len, tokens))
+    return tokens
+
+
+async def test_requests_cross_both_stages_and_leave_nothing(redis_url: str, tmp_path: Path) -> None:
+    async with System(redis_url, log_dir=tmp_path) as system:
+        await system.worker("prefill")
+        await system.worker("decode")
+        async with system.client() as client:
+            items = [request(1 + 13 * i, n=1 + i % 3, max_tokens=1 + i % 20) for i in range(40)]
+            answers = await asyncio.gather(*(run(client, item) for item in items))
+            for item, tokens in zip(items, answers, strict=True):
+                assert [len(choice) for choice in tokens] == [item.input.stop_conditions.max_tokens] * len(tokens)
+            again = await run(client, request(items[5].input.token_ids, n=3, max_tokens=6))
+            assert again == answers[5]
+            await system.until(lambda: rests(system), 10)
+            counters = (await take_snapshot(system.connection, system.keys)).counters
+            assert counters["handovers"] == counters["ended:done"] == 41
+            assert not [name for name in counters if name.startswith("kv_recomputed:")]
+
+
+async def rests(system: System) -> bool:
+    return not await system.at_rest()
+
+
+async def test_with_only_decode_workers_everything_goes_on_locally(default_redis_url: str, tmp_path: Path) -> None:
+    async with System(default_redis_url, log_dir=tmp_path) as system, system.client() as client:
+        waiting = await client.submit(request(50))  # no worker at all: it waits on the prefill lane
+        await system.worker("decode")
+        tokens, ended = await collect(waiting)
+        assert (ended.state, len(tokens[0])) == ("done", 16)
+        assert ended.timeline.handover == 0
+        direct = await run(client, request(50))
+        assert direct == tokens
+        await system.until(lambda: rests(system), 10)
+
+
+async def test_a_cancelled_request_frees_its_blocks(default_redis_url: str, tmp_path: Path) -> None:
+    async with System(default_redis_url, "engine.mock.decode_base_ms=20", log_dir=tmp_path) as system:
+        await system.worker("prefill")
+        await system.worker("decode")
+        async with system.client() as client:
+            stream = await client.submit(request(500, max_tokens=2000))
+            async with stream:
+                async for _ in stream:
+                    break
+                await stream.cancel("test")
+                async for _ in stream:
+                    pass
+            assert stream.ended is not None
+            assert stream.ended.state == "cancelled"
+            await system.until(lambda: rests(system), 10)
+            assert (await run(client, request(20)))[0]
+
+
+async def test_a_killed_decode_worker_is_replaced_without_a_token_lost_or_doubled(
+    redis_url: str, tmp_path: Path
+) -> None:
+    async with System(redis_url, "worker.lease_s=2", "engine.mock.decode_base_ms=20", log_dir=tmp_path) as system:
+        await system.worker("prefill")
+        first = await system.worker("decode")
+        async with system.client() as client:
+            undisturbed = await run(client, request(100, n=2, max_tokens=40))
+            items = [request(100, n=2, max_tokens=40) for _ in range(4)]
+            streams = [await client.submit(item) for item in items]
+            reading = [asyncio.create_task(collect(stream, 2)) for stream in streams]
+            await asyncio.sleep(0.4)
+            await system.worker("decode")
+            first.kill()
+            for tokens, ended in await asyncio.gather(*reading):
+                assert ended.state == "done", ended
+                assert tokens == undisturbed
+            await system.until(lambda: rests(system), 10)
+
+
+async def test_a_zombie_writes_nothing_after_its_lease(redis_url: str, tmp_path: Path) -> None:
+    """Unseeded sampling: two workers give different tokens, so a single one of the zombie's would show."""
+    async with System(redis_url, "worker.lease_s=2", "engine.mock.decode_base_ms=30", log_dir=tmp_path) as system:
+        await system.worker("prefill")
+        zombie = await system.worker("decode")
+        async with system.client() as client:
+            item = request(64, max_tokens=100, temperature=1.0)
+            stream = await client.submit(item)
+            reading = asyncio.create_task(collect(stream))
+            await system.until(lambda: logged(system, item.id, 10), 20)
+            freeze(zombie)
+            await system.worker("decode")
+            await system.until(lambda: taken_over(system, item.id), 20)
+            zombie.send_signal(signal.SIGCONT)  # it has steps in hand
+            for child in children(zombie):
+                os.kill(child, signal.SIGCONT)
+            tokens, ended = await reading
+            assert ended.state == "done", ended
+            assert len(tokens[0]) == 100
+            standing = await client.queue.attach(item.id, watch=False)
+            assert standing is not None
+            assert standing.log.tokens == tokens
+            await system.until(lambda: rests(system), 10)
+    log = "".join(path.read_text() for path in tmp_path.glob("workers-decode-*.log"))
+    assert "dropped" in log  # the zombie noticed
+
+
+def freeze(process: subprocess.Popen[bytes]) -> None:
+    """Stop a worker in mid-step: its parent at once, its engine a moment later, so that outputs wait between them."""
+    process.send_signal(signal.SIGSTOP)
+    for child in children(process):
+        os.kill(child, signal.SIGSTOP)
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
+async def logged(system: System, request_id: str, tokens: int) -> bool:
+    return int(await system.connection.command("STRLEN", system.keys.log(request_id, 0))) >= 4 * tokens
+
+
+async def taken_over(system: System, request_id: str) -> bool:
+    epoch = int(await system.connection.command("HGET", system.keys.request(request_id), "epoch"))
+    return epoch > 2
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_draining_worker_finishes_what_it_holds(
+    default_redis_url: str, tmp_path: Path, signal_number: signal.Signals
+) -> None:
+    async with System(default_redis_url, "engine.mock.decode_base_ms=10", log_dir=tmp_path) as system:
+        prefill = await system.worker("prefill")
+        decode = await system.worker("decode")
+        async with system.client() as client:
+            reading = [asyncio.create_task(run(client, request(30, max_tokens=60))) for _ in range(4)]
+            await system.until(lambda: claimed(system, 4), 20)
+            for process in (prefill, decode):
+                process.send_signal(signal_number)
+            assert [len(tokens[0]) for tokens in await asyncio.gather(*reading)] == [60] * 4
+            assert await asyncio.to_thread(prefill.wait, 20) == 0
+            assert await asyncio.to_thread(decode.wait, 20) == 0
+            assert await system.alive("prefill") == await system.alive("decode") == []
+
+
+async def claimed(system: System, count: int) -> bool:
+    return await system.counter("claimed:decode:default") >= count
