@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from pipeline.backend import Backend
-from pipeline.protocol import FinishReason, LLMEngineOutput
-from pipeline.tokenizer import Tokenizer
+from pipeline.protocol import BackendInput, FinishReason, LLMEngineOutput
 from workers.holdings import Task
+
+if TYPE_CHECKING:
+    from pipeline.backend import Backend
 
 
 class StopStrings:
@@ -18,7 +20,7 @@ class StopStrings:
 
     def __init__(self, tokenizer_source: str) -> None:
         self._source = tokenizer_source
-        self._tokenizer: Tokenizer | None = None
+        self._new_backend: Callable[[BackendInput], Backend] | None = None
         self._loading = asyncio.Lock()
         self._choices: dict[str, list[Backend]] = {}
 
@@ -28,9 +30,9 @@ class StopStrings:
         if not request.stop_conditions.stop:
             return
         async with self._loading:
-            if self._tokenizer is None:
-                self._tokenizer = await asyncio.to_thread(Tokenizer.load, self._source)
-        backends = [Backend(self._tokenizer, request) for _ in task.log.tokens]
+            if self._new_backend is None:
+                self._new_backend = await asyncio.to_thread(_load, self._source)
+        backends = [self._new_backend(request) for _ in task.log.tokens]
         for backend, tokens in zip(backends, task.log.tokens, strict=True):
             backend.push(tokens)
         self._choices[request.request_id] = backends
@@ -56,3 +58,12 @@ class StopStrings:
     def forget(self, request_id: str) -> None:
         """The request is over here."""
         self._choices.pop(request_id, None)
+
+
+def _load(source: str) -> Callable[[BackendInput], Backend]:
+    # imported here: two seconds and 250 MB that a worker without such requests never needs
+    from pipeline.backend import Backend
+    from pipeline.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(source)
+    return lambda request: Backend(tokenizer, request)
