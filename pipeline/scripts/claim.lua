@@ -4,7 +4,7 @@
 -- KEYS: root
 -- ARGV: stage, worker, nonce of this claim, free blocks, total blocks, newest wire version, overtake ms, lane ...
 -- Answers: {} | {id, epoch, body, stage, lane, handle, attempts, deadline ms, api, prompt tokens, (log, finish reason) of each choice ...}
--- Called twice with one nonce: the same task again while it is still this worker's at that epoch, else {}.
+-- Called twice: one nonce gives the same task again while it is still this worker's at that epoch, else {}.
 local stage, worker, nonce = ARGV[1], ARGV[2], ARGV[3]
 local free, total, newest, overtake_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local SCAN = 16 -- entries of a lane that are looked at

@@ -6,10 +6,10 @@
 -- Called twice: the epoch is kept, so nothing is counted again and the answer is 'ok'.
 local id, epoch, worker, why, cached = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local req = key_req(id)
-local h = redis.call('HMGET', req, 'state', 'epoch', 'owner', 'handle_id', 'handle_owner', 'fetched_epoch')
+local h = redis.call('HMGET', req, 'state', 'epoch', 'owner', 'handle_id', 'handle_owner', 'fetched_epoch', 'stage')
 if not h[1] then return {'ended', 'gone'} end
 if is_ended(h[1]) then return {'ended', h[1]} end
-if h[1] ~= 'running' or h[2] ~= epoch or h[3] ~= worker then return {'fenced'} end
+if h[1] ~= 'running' or h[2] ~= epoch or h[3] ~= worker or h[7] ~= 'decode' then return {'fenced'} end
 if h[6] == epoch then return {'ok'} end
 free_handle(id, h[4], h[5])
 redis.call('HSET', req, 'fetched_epoch', epoch, 't_fetched', now_us())
