@@ -185,7 +185,9 @@ async def test_a_handle_of_another_transfer_is_refused(owner: Transfer, reader: 
 async def test_a_released_handle_is_of_an_old_generation(owner: Transfer, reader: Transfer):
     old = await owner.export(Bytes(3 * SLAB, seed=1))
     await owner.release(old.id)
-    assert await lost(reader, old) == "generation"
+    sink = Sink(old.nbytes)
+    assert await lost(reader, old, sink) == "generation"
+    assert not sink.touched
     new = await owner.export(Bytes(3 * SLAB, seed=2))  # the same memory again
     assert await lost(reader, old) == "generation"
     assert np.array_equal((await fetched(reader, new)).data, Bytes(3 * SLAB, seed=2).data)

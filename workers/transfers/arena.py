@@ -33,7 +33,7 @@ MAGIC = b"BATONKV1"
 NAME = re.compile(r"baton-[A-Za-z0-9_]{1,64}-[0-9a-f]{16}")
 HEADER = struct.Struct("<8sQQQQ")  # the fields of `Header`
 GENERATIONS_OFFSET = 64
-CREATE_ATTEMPTS = 8
+CREATE_ATTEMPTS = 16
 
 
 class Unreadable(Exception):
@@ -47,13 +47,17 @@ class Header(NamedTuple):
     nonce: int  # the last part of the file's name
     slab_bytes: int
     num_slabs: int
-    data_offset: int  # of slab 0; on a page's edge
+    data_offset: int  # of slab 0; in the middle of a page
 
     @classmethod
     def of(cls, name: str, slab_bytes: int, num_slabs: int) -> Header:
-        """The header of a file of this name and size."""
+        """The header of a file of this name and size.
+
+        Slabs start in the middle of a page because other memory starts 0, 16 or 64 bytes into one: where the two ends of a
+        copy lie that close to each other modulo a page, it takes up to 1.7 times as long on AMD Zen (rep movsb).
+        """
         generations_end = GENERATIONS_OFFSET + 8 * num_slabs
-        data_offset = -(-generations_end // mmap.PAGESIZE) * mmap.PAGESIZE
+        data_offset = -(-generations_end // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE // 2
         return cls(MAGIC, int(name.rpartition("-")[2], 16), slab_bytes, num_slabs, data_offset)
 
     @property
