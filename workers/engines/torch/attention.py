@@ -1,0 +1,198 @@
+"""Attention over paged blocks for a ragged row of tokens, as Hugging Face's attention interface calls it.
+
+The model runs on one row [1, total] that holds all rows of a step: first those of one token, longest sequence first, then
+the chunks. What a step's attention needs to know travels through the model's keyword arguments as a `PagedStep`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import scaled_dot_product_attention
+
+from pipeline.errors import Unservable
+from workers.engines.paged.runner import Row
+from workers.engines.torch.cache import KVCache
+
+ATTENTION_NAME = "baton_paged"
+STEP_ARGUMENT = "paged_step"
+UNIMPLEMENTED = ("softcap", "s_aux", "position_bias")  # arguments by which models ask for more than plain attention
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Rows `first` to `last` of one token each, of similar length, padded to the blocks of the longest."""
+
+    first: int
+    last: int
+    pieces: torch.Tensor  # [layers, 2 * rows * kv_heads * blocks] rows of `KVCache.pieces`
+    mask: torch.Tensor | None  # [rows, 1, 1, blocks * block_size], True where the sequence has a token
+    length: int  # without a mask: tokens of the sequence
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Tokens `first` to `last` of the ragged row are consecutive positions of one sequence."""
+
+    first: int
+    last: int
+    pieces: torch.Tensor | None  # as above, of all blocks up to the chunk's end; None where nothing precedes the chunk
+    mask: torch.Tensor | None  # [tokens, length]
+    length: int
+
+
+class PagedStep:
+    """Everything about a step that does not depend on the layer. Built on the CPU, one copy a tensor to the device."""
+
+    def __init__(self, rows: Sequence[Row], cache: KVCache) -> None:
+        self._cache = cache
+        self._size = cache.geometry.block_size
+        order = sorted(range(len(rows)), key=lambda index: (len(rows[index].token_ids) > 1, -rows[index].start))
+        ragged = [rows[index] for index in order]
+        counts = [len(row.token_ids) for row in ragged]
+        ends = np.cumsum(counts)
+        self.input_ids = self._tensor([token for row in ragged for token in row.token_ids])[None]
+        positions = np.concatenate([np.arange(row.start, row.start + len(row.token_ids)) for row in ragged])
+        self.position_ids = self._tensor(positions)[None]
+        self._slots = self._write_slots(ragged, positions)
+        decoding = sum(count == 1 for count in counts)
+        self.groups = self._decode_groups(ragged[:decoding])
+        self.chunks = [self._chunk(row, int(end)) for row, end in zip(ragged[decoding:], ends[decoding:], strict=True)]
+        last_of = dict(zip(order, ends - 1, strict=True))
+        self.sampling = self._tensor([int(last_of[index]) for index, row in enumerate(rows) if row.draws])
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
+        """Query [1, heads, total, dim], key and value [1, kv_heads, total, dim] -> [1, total, heads, dim].
+
+        The step's keys and values are written to their blocks first.
+        """
+        new = torch.stack((key[0], value[0]))
+        self._cache.slots.index_copy_(0, self._slots[layer], new.view(-1, new.shape[-1]))
+        parts = [self._decode(group, layer, query, scaling) for group in self.groups]
+        parts += [self._prefill(chunk, layer, query, new, scaling) for chunk in self.chunks]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+    def _decode(self, group: DecodeGroup, layer: int, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
+        """[rows, heads, dim]. The heads that share a key head are the queries of one attention."""
+        rows, heads, dim = group.last - group.first, query.shape[1], query.shape[3]
+        keys, values = self._gather(group.pieces[layer], rows)
+        if group.mask is None:
+            keys, values = keys[:, :, : group.length], values[:, :, : group.length]
+        queries = query[0, :, group.first : group.last].transpose(0, 1).reshape(rows, keys.shape[1], -1, dim)
+        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask, scale=scaling)
+        return attended.reshape(rows, heads, dim)
+
+    def _prefill(
+        self, chunk: Chunk, layer: int, query: torch.Tensor, new: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
+        """[tokens, heads, dim]."""
+        if chunk.pieces is None:
+            keys, values = new[:, None, :, chunk.first : chunk.last]
+        else:
+            keys, values = self._gather(chunk.pieces[layer], 1)[:, :, :, : chunk.length]
+        attended = scaled_dot_product_attention(
+            query[:, :, chunk.first : chunk.last],
+            keys,
+            values,
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+        return attended[0].transpose(0, 1)
+
+    def _gather(self, pieces: torch.Tensor, rows: int) -> torch.Tensor:
+        """[2, rows, kv_heads, blocks * block_size, dim]."""
+        geometry = self._cache.geometry
+        return self._cache.pieces.index_select(0, pieces).view(2, rows, geometry.kv_heads, -1, geometry.head_dim)
+
+    def _write_slots(self, ragged: list[Row], positions: Ids) -> torch.Tensor:
+        """[layers, 2 * kv_heads * total]: where in `KVCache.slots` each new key and value goes."""
+        geometry = self._cache.geometry
+        blocks = np.concatenate(
+            [
+                np.frombuffer(row.table, dtype=np.int64)[
+                    np.arange(row.start, row.start + len(row.token_ids)) // self._size
+                ]
+                for row in ragged
+            ]
+        )
+        first = blocks * geometry.rows_per_block * self._size + positions % self._size
+        rows = np.arange(geometry.rows_per_block).reshape(geometry.layers, -1, 1) * self._size
+        return self._tensor((rows + first).reshape(geometry.layers, -1))
+
+    def _decode_groups(self, ragged: list[Row]) -> list[DecodeGroup]:
+        """Rows come longest first; a group ends where padding would be more than half."""
+        groups: list[DecodeGroup] = []
+        first = 0
+        while first < len(ragged):
+            longest = self._blocks_of(ragged[first])
+            last = first + 1
+            while last < len(ragged) and 2 * self._blocks_of(ragged[last]) >= longest:
+                last += 1
+            groups.append(self._decode_group(ragged[first:last], first, longest))
+            first = last
+        return groups
+
+    def _decode_group(self, rows: list[Row], first: int, blocks: int) -> DecodeGroup:
+        lengths = np.array([row.start + 1 for row in rows])
+        tables = np.empty((len(rows), blocks), dtype=np.int64)
+        for table, row in zip(tables, rows, strict=True):
+            own = self._blocks_of(row)
+            table[:own] = row.table[:own]
+            table[own:] = row.table[0]  # what is masked out is the sequence's own
+        mask = None
+        if len(rows) > 1:
+            mask = self._tensor(np.arange(blocks * self._size) < lengths[:, None])[:, None, None]
+        return DecodeGroup(first, first + len(rows), self._pieces(tables), mask, int(lengths[0]))
+
+    def _chunk(self, row: Row, last: int) -> Chunk:
+        count = len(row.token_ids)
+        if row.start == 0:
+            return Chunk(last - count, last, None, None, count)
+        length = row.start + count
+        table = np.frombuffer(row.table, dtype=np.int64)[: -(-length // self._size)]
+        mask = self._tensor(np.arange(length) <= np.arange(row.start, length)[:, None])
+        return Chunk(last - count, last, self._pieces(table[None]), mask, length)
+
+    def _pieces(self, tables: Ids) -> torch.Tensor:
+        """Tables [rows, blocks] -> [layers, 2 * rows * kv_heads * blocks] rows of `KVCache.pieces`."""
+        geometry = self._cache.geometry
+        within = np.arange(geometry.rows_per_block).reshape(geometry.layers, 2, 1, geometry.kv_heads, 1)
+        pieces = tables[:, None, :] * geometry.rows_per_block + within
+        return self._tensor(pieces.reshape(geometry.layers, -1))
+
+    def _blocks_of(self, row: Row) -> int:
+        return row.start // self._size + 1
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.as_tensor(values).to(self._cache.device, non_blocking=True)
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of `transformers.AttentionInterface`. The mask is not used: a `PagedStep` knows who sees what."""
+    for name in UNIMPLEMENTED:
+        if kwargs.get(name) is not None:
+            raise Unservable(
+                f"{type(module).__name__} asks for {name} in its attention, which the torch engine does not have"
+            )
+    step: PagedStep = kwargs[STEP_ARGUMENT]
+    layer: Any = module.layer_idx
+    return step.attend(layer, query, key, value, scaling), None

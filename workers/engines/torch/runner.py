@@ -1,0 +1,131 @@
+"""The runner that computes steps with PyTorch, in one thread of its own so that the event loop stays free."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from pipeline.config import PoolSettings, TorchSettings
+from pipeline.errors import Unservable
+from pipeline.protocol import SamplingOptions
+from workers.engines.paged.blocks import new_table
+from workers.engines.paged.runner import Chosen, Draw, Row, RunnerInfo
+from workers.engines.torch.attention import ATTENTION_NAME, STEP_ARGUMENT, PagedStep
+from workers.engines.torch.cache import KVCache
+from workers.engines.torch.model import fingerprint, geometry_of, load_model, model_length
+from workers.engines.torch.sampling import choose
+
+PROBE_LENGTH = 24  # tokens by which the paged attention is compared with the model's own at start
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit
+
+
+class TorchRunner:
+    """A `Runner` over a Hugging Face decoder."""
+
+    def __init__(self, settings: TorchSettings, pool: PoolSettings) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="torch")
+        self._model: Any = None
+
+    async def start(self) -> RunnerInfo:
+        """Load the model, take the memory of all blocks, compare the attention with the model's own."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._load)
+
+    async def run(self, rows: Sequence[Row]) -> list[Chosen]:
+        """See `Runner.run`."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._compute, rows)
+
+    def copy_block(self, source: int, target: int) -> None:
+        """See `Runner.copy_block`."""
+        self._cache.copy(source, target)
+
+    def gather(self, blocks: Sequence[int], out: memoryview) -> None:
+        """See `Runner.gather`."""
+        self._cache.gather(blocks, out)
+
+    def scatter(self, data: memoryview, blocks: Sequence[int]) -> None:
+        """See `Runner.scatter`."""
+        self._cache.scatter(data, blocks)
+
+    async def close(self) -> None:
+        """See `Runner.close`."""
+        self._executor.shutdown(wait=True)
+        self._model = None
+
+    def _load(self) -> RunnerInfo:
+        torch.set_num_threads(self._settings.threads)
+        settings, name = self._settings, self._pool.model
+        self._model = load_model(name, settings, self._pool.max_model_len)
+        geometry = geometry_of(self._model.config, settings.block_size, self._model.dtype)
+        self._cache = KVCache(geometry, settings.num_blocks, self._model.device)
+        self._probe()
+        return RunnerInfo(
+            name="torch",
+            model=name,
+            layout=fingerprint(self._model, geometry),
+            block_size=settings.block_size,
+            num_blocks=settings.num_blocks,
+            block_nbytes=geometry.block_nbytes,
+            max_model_len=model_length(self._model.config, self._pool.max_model_len),
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            prefix_cache=settings.prefix_cache,
+        )
+
+    @torch.inference_mode()
+    def _compute(self, rows: Sequence[Row]) -> list[Chosen]:
+        logits = self._forward(rows)
+        if logits is None:
+            return []
+        counts = [len(row.draws) for row in rows if row.draws]
+        if max(counts) > 1:
+            logits = logits.repeat_interleave(torch.tensor(counts, device=logits.device), dim=0)
+        return choose(logits, [draw for row in rows for draw in row.draws])
+
+    def _forward(self, rows: Sequence[Row]) -> torch.Tensor | None:
+        """Logits [rows that sample, vocabulary] of the last position of each, in float32; None where no row samples."""
+        step = PagedStep(rows, self._cache)
+        output = self._model(
+            input_ids=step.input_ids,
+            position_ids=step.position_ids,
+            use_cache=False,
+            logits_to_keep=step.sampling,
+            **{STEP_ARGUMENT: step},
+        )
+        return output.logits[0].float() if len(step.sampling) else None
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Compute a short prompt in two parts over blocks, and with the model's eager attention: an architecture that asks
+        for more than plain attention shows here, not in its answers."""
+        vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
+        tokens = [(7 * position + 1) % vocabulary for position in range(PROBE_LENGTH)]
+        table = new_table(range(-(-PROBE_LENGTH // self._settings.block_size)))
+        draw = Draw(SamplingOptions(), choice=0, index=0, banned=(), eos_token_ids=())
+        try:
+            for start, end in (
+                (0, PROBE_LENGTH // 2),
+                (PROBE_LENGTH // 2, PROBE_LENGTH - 1),
+                (PROBE_LENGTH - 1, PROBE_LENGTH),
+            ):
+                paged = self._forward([Row(tokens[start:end], start, table, [draw])])
+            self._model.set_attn_implementation("eager")
+            eager = self._model(input_ids=torch.tensor([tokens], device=self._model.device), use_cache=False).logits[
+                0, -1:
+            ]
+            self._model.set_attn_implementation(ATTENTION_NAME)
+        except (TypeError, KeyError, ValueError, RuntimeError) as error:
+            raise Unservable(f"model {self._pool.model}: it does not run on paged attention: {error}") from error
+        self._cache.clear(table)
+        assert paged is not None
+        difference = float((paged - eager.float()).abs().max() / eager.float().abs().max())
+        if not difference < PROBE_TOLERANCE[self._model.dtype]:
+            raise Unservable(
+                f"model {self._pool.model}: paged attention gives other logits than the model's own, by {difference:.2g} of "
+                "the largest; its attention does something that the torch engine does not know"
+            )
