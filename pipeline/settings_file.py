@@ -146,7 +146,7 @@ def _env_values(env: Mapping[str, str], pools: list[str]) -> dict[str, Value]:
         if not name.startswith(ENV_PREFIX) or name == ENV_FILE:
             continue
         if name not in keys:
-            raise ConfigError(f"environment: unknown variable {name}{_nearest(name, keys)}")
+            raise ConfigError(f"environment: unknown variable {name}{nearest(name, keys)}")
         values[keys[name].path] = Value(_converted(keys[name], text, f"environment: {name}", strict=False), name)
     return values
 
@@ -170,7 +170,7 @@ def _checked(pairs: Iterable[tuple[str, Any]], pools: list[str], source: str, *,
     values = {}
     for path, value in pairs:
         if path not in keys:
-            raise ConfigError(f"{source}: unknown key {path}{_nearest(path, keys)}")
+            raise ConfigError(f"{source}: unknown key {path}{nearest(path, keys)}")
         values[path] = Value(_converted(keys[path], value, f"{source}: {path}", strict=strict), source)
     return values
 
@@ -189,7 +189,8 @@ def _type_words(type_: Any) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[type_]
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to add to a message about an unknown name: the known one that is most like it, if any is."""
     sections = {path.rpartition(".")[0] for path in known} - {""}
     if name in sections:
         return f": it is a section, [{name}]"

@@ -1,0 +1,24 @@
+"""The command line: `baton up`, `api`, `worker`, `chat`, `doctor`, `config`, `version`.
+
+Exit codes are stable: 0 done; 1 something failed (the message says what); 2 wrong arguments or settings;
+3 a port, folder or program that is needed cannot be had; 4 the API or Redis does not answer; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.cli.app import make_app
+from pipeline.cli.exits import Exit, exit_for
+from pipeline.errors import BatonError
+
+
+def main() -> None:
+    """Entry point of `baton`. Errors that Baton raises on purpose are one line on stderr, never a traceback."""
+    try:
+        make_app()(prog_name="baton")
+    except BatonError as error:
+        print(f"baton: {error}", file=sys.stderr)
+        sys.exit(exit_for(error))
+    except KeyboardInterrupt:
+        sys.exit(Exit.INTERRUPTED)

@@ -1,0 +1,183 @@
+"""The commands of `baton` and their options; what they do is in the modules beside this one, imported when called."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+import pipeline
+from pipeline.cli.options import ConfigOption, JsonOption, SetOption, given
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 something failed; 2 wrong arguments or settings; 3 a port, folder or program cannot be had; "
+    "4 the API or Redis does not answer; 130 interrupted."
+)
+
+
+class Stage(enum.StrEnum):
+    """What a worker does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+def make_app() -> typer.Typer:
+    """The whole command line."""
+    app = typer.Typer(
+        name="baton",
+        help="Serve large language models through queues: durable prefill and decode on Redis.",
+        epilog=EXIT_CODES,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    commands: tuple[Callable[..., None], ...] = (up, api, worker, chat, doctor, version)
+    for command in commands:
+        app.command()(command)
+    settings = typer.Typer(help="Show and change settings.", no_args_is_help=True)
+    subcommands: tuple[Callable[..., None], ...] = (show, get, env, set_router)
+    for command in subcommands:
+        settings.command()(command)
+    app.add_typer(settings, name="config")
+    return app
+
+
+def up(
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers of each pool.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="Decode workers of each pool.")] = 1,
+    host: Annotated[str | None, typer.Option(help="Address of the API (api.host).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the API (api.port); 0 takes a free one.")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="Use this Redis (redis.url) and start none.")] = None,
+    sample: Annotated[bool, typer.Option(help="Stream one sample answer when ready.")] = True,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Start Redis, the API and workers here, stream a sample answer, serve until Ctrl-C."""
+    from pipeline.cli.up import Counts, run_up
+
+    source = given(config, overrides, api__host=host, api__port=port, redis__url=redis_url)
+    raise typer.Exit(asyncio.run(run_up(source, Counts(prefill, decode), with_sample=sample)))
+
+
+def api(config: ConfigOption = None, overrides: SetOption = None) -> None:
+    """Run the HTTP API in this process."""
+    _become("api", given(config, overrides).arguments())
+
+
+def worker(
+    stage: Annotated[Stage, typer.Argument(help="What the worker does.")],
+    pool: Annotated[str | None, typer.Option(help="The pool it works for; needed when there are several.")] = None,
+    name: Annotated[str | None, typer.Option(help="Its name, unique in the pool; made up if left out.")] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Run one worker in this process."""
+    own = [word for flag, value in (("--pool", pool), ("--name", name)) if value for word in (flag, value)]
+    _become("workers", [stage, *own, *given(config, overrides).arguments()])
+
+
+def chat(
+    text: Annotated[str | None, typer.Argument(help="What to say; left out: a conversation.")] = None,
+    model: Annotated[str | None, typer.Option(help="The pool to ask; the first one if left out.")] = None,
+    url: Annotated[str | None, typer.Option(help="Where the API is; from the settings if left out.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Talk to a model in the terminal; each answer ends with where its time went."""
+    from pipeline.cli.chat import Question, run_chat
+
+    source = given(config, overrides)
+    question = Question(url, model, max_tokens, temperature)
+    run_chat(source.settings(), question, text, as_json=as_json)
+
+
+def doctor(as_json: JsonOption = False, config: ConfigOption = None, overrides: SetOption = None) -> None:
+    """Check this machine and these settings; every finding comes with its fix. Exits with 1 when one is an error."""
+    from pipeline.cli.doctor import run_doctor
+
+    raise typer.Exit(asyncio.run(run_doctor(given(config, overrides), as_json=as_json)))
+
+
+def version(as_json: JsonOption = False) -> None:
+    """Print the versions of Baton and of what it stands on."""
+    versions = {"baton": pipeline.__version__, "python": platform.python_version()}
+    for package in ("redis", "fastapi", "transformers", "torch"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = ""
+    if as_json:
+        print(json.dumps(versions))
+        return
+    for name, number in versions.items():
+        print(f"{name:<13} {number or 'not installed'}")
+
+
+def show(as_json: JsonOption = False, config: ConfigOption = None, overrides: SetOption = None) -> None:
+    """Print every setting, its value and where that came from."""
+    from pipeline.cli.config import show_settings
+
+    show_settings(given(config, overrides), as_json=as_json)
+
+
+def get(
+    key: Annotated[str, typer.Argument(help="Such as api.port.")],
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Print one setting."""
+    from pipeline.cli.config import get_setting
+
+    get_setting(given(config, overrides), key, as_json=as_json)
+
+
+def env(as_json: JsonOption = False, config: ConfigOption = None, overrides: SetOption = None) -> None:
+    """Print the environment variable of every setting, with the value that holds."""
+    from pipeline.cli.config import show_variables
+
+    show_variables(given(config, overrides), as_json=as_json)
+
+
+def set_router(
+    max_local_prefill_length: Annotated[
+        int | None, typer.Option(min=0, help="Prompts with more tokens to compute than this are prefilled remotely.")
+    ] = None,
+    max_prefill_queue_size: Annotated[
+        int | None, typer.Option(min=0, help="With this many tasks waiting, decode workers prefill by themselves.")
+    ] = None,
+    pool: Annotated[str | None, typer.Option(help="One pool; all of them if left out.")] = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Change the router of running APIs, all replicas at once. Without values: print what holds."""
+    from pipeline.cli.config import change_router
+
+    changes = {
+        name: value
+        for name, value in (
+            ("max_local_prefill_length", max_local_prefill_length),
+            ("max_prefill_queue_size", max_prefill_queue_size),
+        )
+        if value is not None
+    }
+    asyncio.run(change_router(given(config, overrides), pool, changes, as_json=as_json))
+
+
+def _become(module: str, arguments: list[str]) -> None:
+    """Replaces this process: the border between packages is a border between processes."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

@@ -1,0 +1,157 @@
+"""The processes of one `baton up`: started bound to this one, their lines printed with their name, started again, stopped.
+
+A child leads its own session, so Ctrl-C in the terminal reaches this process alone, which stops them in order; the kernel
+kills them when this process ends in any other way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from pipeline.errors import BatonError
+from pipeline.processes import bound_command
+
+_COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
+_LAST_LINES_S = 1.0  # how long an ended child's pipe may stay open in a process that outlives it
+
+
+class ChildEnded(BatonError):
+    """A child process ended before everything was ready."""
+
+    code = "child_ended"
+
+
+class Terminal:
+    """Where all processes print: `name | line`, a colour for each name, one writer so that lines never mix."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
+        self._width = max(len(name) for name in names)
+        self._colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+        self._held: list[tuple[str, str]] | None = None
+
+    def line(self, name: str, text: str) -> None:
+        """Prints a line of a process, later if lines are held."""
+        if self._held is not None:
+            self._held.append((name, text))
+            return
+        prefix = Text(f"{name:<{self._width}} | ", style=self._colours.get(name, "bold"))
+        self._console.print(prefix + Text.from_ansi(text))
+
+    def write(self, text: str) -> None:
+        """Prints a piece of text as it is, without a line end."""
+        self._console.print(Text(text), end="")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the processes' lines back while something is streamed; they follow afterwards."""
+        self._held = []
+        try:
+            yield
+        finally:
+            lines, self._held = self._held, None
+            for name, text in lines:
+                self.line(name, text)
+
+
+class Child:
+    """One process, started any number of times; `command` is asked anew for each start."""
+
+    def __init__(self, name: str, command: Callable[[], list[str]], env: Mapping[str, str], terminal: Terminal) -> None:
+        self.name = name
+        self._command = command
+        self._env = env
+        self._terminal = terminal
+        self._process: asyncio.subprocess.Process | None = None
+        self._lines: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Starts it; the call must come from the main thread (see `pipeline.processes`)."""
+        self._process = await asyncio.create_subprocess_exec(
+            *bound_command(self._command()),
+            env=self._env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        self._lines = asyncio.create_task(self._print_lines(self._process.stdout))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.returncode is None
+
+    async def ended(self) -> int:
+        """Waits until it ends and its last lines are printed; returns its exit code, negative for a signal."""
+        assert self._process is not None and self._lines is not None
+        code = await self._process.wait()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._lines), _LAST_LINES_S)
+        return code
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, then SIGKILL to it and all it started when it has not ended within `grace_s`."""
+        if self.is_running:
+            self._signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(asyncio.shield(self.ended()), grace_s)
+            except TimeoutError:
+                self._terminal.line(self.name, f"did not end within {grace_s:g} s: killed")
+                self.kill()
+                await self.ended()
+        if self._lines is not None:
+            self._lines.cancel()
+
+    def kill(self) -> None:
+        """SIGKILL to it and all it started."""
+        if self.is_running and self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    async def _print_lines(self, pipe: asyncio.StreamReader) -> None:
+        rest = b""
+        while data := await pipe.read(65536):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                self._terminal.line(self.name, line.decode(errors="replace"))
+        if rest:
+            self._terminal.line(self.name, rest.decode(errors="replace"))
+
+
+class Restarts:
+    """How long to wait before a child is started again: doubled each time, from the beginning after a good minute."""
+
+    first_s = 0.5
+    longest_s = 30.0
+    good_run_s = 60.0
+
+    def __init__(self) -> None:
+        self._next_s = self.first_s
+
+    def delay_s(self, ran_s: float) -> float:
+        """The pause after a run of `ran_s`."""
+        if ran_s >= self.good_run_s:
+            self._next_s = self.first_s
+        delay_s = self._next_s
+        self._next_s = min(delay_s * 2, self.longest_s)
+        return delay_s
+
+
+def ending(code: int) -> str:
+    """An exit code in words."""
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

@@ -1,0 +1,97 @@
+"""`baton config`: what the settings are and where they come from; the router's can be changed while Baton runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from pipeline.cli.options import Given, running_redis
+from pipeline.config import RouterSettings, Settings
+from pipeline.connection import Connection
+from pipeline.errors import ConfigError
+from pipeline.keys import PoolKeys
+from pipeline.settings_file import Key, Value, known_keys, nearest
+from pipeline.snapshot import take_snapshot
+
+
+def show_settings(source: Given, *, as_json: bool) -> None:
+    """Every key as a line of TOML with its source."""
+    values = {path: _masked(value) for path, value in source.values().items()}
+    if as_json:
+        print(json.dumps({path: value._asdict() for path, value in values.items()}))
+        return
+    lines = [f"{_toml_path(path)} = {json.dumps(value)}" for path, (value, _) in values.items()]
+    width = max(len(line) for line in lines)
+    for line, (_, origin) in zip(lines, values.values(), strict=True):
+        print(f"{line:<{width}}  # {origin}")
+
+
+def get_setting(source: Given, key: str, *, as_json: bool) -> None:
+    """One value, bare; raises ConfigError for an unknown key."""
+    values = source.values()
+    if key not in values:
+        raise ConfigError(f"unknown key {key}{nearest(key, values)}")
+    value = values[key].value
+    print(json.dumps(value) if as_json or isinstance(value, bool) else value)
+
+
+def show_variables(source: Given, *, as_json: bool) -> None:
+    """Every variable, as a line of a shell or as one object."""
+    values = source.values()
+    variables = {key.env: _masked(values[key.path]).value for key in _keys(source.settings())}
+    if as_json:
+        print(json.dumps(variables))
+        return
+    for name, value in variables.items():
+        print(f"{name}={shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
+
+
+async def change_router(source: Given, pool: str | None, changes: dict[str, int], *, as_json: bool) -> None:
+    """Writes `changes` for one pool or all, then prints what holds; running APIs follow within half a second."""
+    settings = source.settings()
+    if pool is not None and pool not in settings.pools:
+        raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, settings.pools)}")
+    connection = Connection(msgspec.structs.replace(settings.redis, url=running_redis(settings.redis)))
+    try:
+        names = [pool] if pool else list(settings.pools)
+        routers = {name: await _change(connection, name, settings.router, changes) for name in names}
+    finally:
+        await connection.close()
+    if as_json:
+        print(json.dumps(msgspec.to_builtins(routers)))
+        return
+    for name, router in routers.items():
+        for key, value in msgspec.structs.asdict(router).items():
+            print(f"{name} {key} = {value}")
+
+
+async def _change(
+    connection: Connection, pool: str, initial: RouterSettings, changes: dict[str, int]
+) -> RouterSettings:
+    keys = PoolKeys(pool)
+    if changes:
+        await connection.command("HSET", keys.settings(), *(word for pair in changes.items() for word in pair))
+    return (await take_snapshot(connection, keys)).router(initial)
+
+
+def _keys(settings: Settings) -> list[Key]:
+    return known_keys(settings.pools)
+
+
+def _toml_path(path: str) -> str:
+    """A pool's name may hold dots; TOML wants it quoted then."""
+    if not path.startswith("pools."):
+        return path
+    name, _, field = path.removeprefix("pools.").rpartition(".")
+    return f'pools."{name}".{field}' if "." in name else path
+
+
+def _masked(value: Value) -> Value:
+    """The value without the password that an address may carry."""
+    text: Any = value.value
+    password = urlsplit(text).password if isinstance(text, str) and "://" in text else None
+    return value._replace(value=text.replace(f":{password}@", ":***@")) if password else value

@@ -1,0 +1,55 @@
+"""One streamed chat completion, as a client sees it: HTTP, server-sent events, OpenAI's chunks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+import httpx
+
+from pipeline.cli.exits import NoAnswer
+
+
+class Delta(NamedTuple):
+    """One chunk: its text, why the answer ended, and at the end the usage."""
+
+    id: str
+    text: str
+    finish_reason: str | None
+    usage: dict[str, Any] | None
+
+
+async def stream_chat(http: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[Delta]:
+    """Posts `body` to /v1/chat/completions and yields the chunks; raises NoAnswer with what the API said."""
+    request = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    try:
+        async with http.stream("POST", "/v1/chat/completions", json=request) as response:
+            if response.status_code != httpx.codes.OK:
+                raise NoAnswer(f"the API answered {response.status_code}: {_message(await response.aread())}")
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+                if data == "[DONE]":
+                    return
+                if data:
+                    yield _delta(json.loads(data))
+    except httpx.TransportError as error:
+        raise NoAnswer(
+            f"no answer from {http.base_url}: {error or type(error).__name__}; is `baton up` running?"
+        ) from error
+    raise NoAnswer("the stream ended without [DONE]: the answer is not complete")
+
+
+def _delta(chunk: dict[str, Any]) -> Delta:
+    if "error" in chunk:
+        raise NoAnswer(f"the answer broke off: {chunk['error'].get('message', chunk['error'])}")
+    choice = chunk["choices"][0] if chunk["choices"] else {}
+    text = choice.get("delta", {}).get("content") or ""
+    return Delta(chunk["id"], text, choice.get("finish_reason"), chunk.get("usage"))
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:200]

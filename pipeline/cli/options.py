@@ -1,0 +1,61 @@
+"""Options that several commands share, and the one place where the command line reads the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+from pipeline.config import RedisSettings, Settings
+from pipeline.errors import RedisUnavailable
+from pipeline.settings_file import ENV_FILE, Value, collect_values, load_settings, settings_path
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help=f"Settings file (default: ${ENV_FILE}, else ./config.toml).")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as api.port=8001; repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+class Given(NamedTuple):
+    """Where the settings of one call come from; children of it are started with the same."""
+
+    path: Path | None
+    overrides: list[str]
+
+    def settings(self) -> Settings:
+        """Raises ConfigError."""
+        return load_settings(self.path, os.environ, self.overrides)
+
+    def values(self) -> dict[str, Value]:
+        """Every key with its value and source. Raises ConfigError."""
+        return collect_values(self.path, os.environ, self.overrides)
+
+    def arguments(self) -> list[str]:
+        """The same as arguments of `python -m api` and `python -m workers`."""
+        file = ["--config", str(self.path)] if self.path else []
+        return [*file, *(word for override in self.overrides for word in ("--set", override))]
+
+
+def given(config: Path | None, overrides: Sequence[str] | None, **named: object) -> Given:
+    """What `--config`, `--set` and flags of their own (`api_port=8001` for `--port 8001`) ask for."""
+    path = settings_path(config, os.environ)
+    flags = [f"{key.replace('__', '.')}={value}" for key, value in named.items() if value is not None]
+    return Given(path.absolute() if path else None, [*(overrides or ()), *flags])
+
+
+def running_redis(settings: RedisSettings) -> str:
+    """Where Redis is: the one of the settings, else the private one of a running `baton up` in this folder."""
+    if settings.url:
+        return settings.url
+    socket_path = (Path(settings.run_dir) / "redis.sock").absolute()
+    if not socket_path.exists():
+        raise RedisUnavailable(
+            f"no Redis: redis.url is empty and {socket_path} is not there; start `baton up` here or set BATON_REDIS_URL"
+        )
+    return f"unix://{socket_path}"

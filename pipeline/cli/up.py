@@ -1,0 +1,337 @@
+"""`baton up`: everything on one machine, in order, each step said aloud.
+
+1. The port is free, or nothing is started.
+2. Redis: the one of the settings, else a private one of this folder.
+3. The API and the workers, each a process of its own; a child that ends before all are ready ends everything.
+4. Ready: Redis lists every worker and the API answers `/ready`.
+5. One sample answer through the real endpoint, and a line to paste.
+6. Serve. A process that ends is started again, later each time.
+7. Ctrl-C or SIGTERM: the API first, so that streams finish; then the workers; then Redis. A second one kills.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import msgspec
+
+from pipeline.cli.children import Child, ChildEnded, Restarts, Terminal, ending
+from pipeline.cli.exits import Exit, PortTaken, exit_for
+from pipeline.cli.openai_stream import stream_chat
+from pipeline.cli.options import Given
+from pipeline.config import Settings
+from pipeline.connection import Connection
+from pipeline.errors import BatonError, RedisUnavailable
+from pipeline.keys import PoolKeys
+from pipeline.redis_server import RedisServer, find_server
+from pipeline.snapshot import take_snapshot
+
+SAMPLE_QUESTION = "What is Baton?"
+READY_LIMIT_S = 600.0  # a first start may download a model
+_LOOK_S = 0.1
+
+
+class Counts(NamedTuple):
+    """Workers of each pool."""
+
+    prefill: int
+    decode: int
+
+
+async def run_up(source: Given, counts: Counts, *, with_sample: bool) -> int:
+    """Runs until it is told to stop; returns the exit code. Errors are printed, since children print until the end."""
+    settings = source.settings()
+    port = free_port(settings.api.host, settings.api.port)
+    settings = msgspec.structs.replace(settings, api=msgspec.structs.replace(settings.api, port=port))
+    return await Up(source, settings, counts, with_sample=with_sample).run()
+
+
+def free_port(host: str, port: int) -> int:
+    """The port if nobody listens there, a free one for 0; raises PortTaken."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise PortTaken(
+            f"port {port} on {host} cannot be used ({os.strerror(error.errno or 0)}): stop the program that has it, "
+            "or choose another with --port 8001 or BATON_API_PORT=8001"
+        ) from error
+
+
+class WorkerPlace(NamedTuple):
+    """Where a worker stands; `label` is its name on the terminal."""
+
+    pool: str
+    stage: str
+    number: int
+    label: str
+
+
+@dataclasses.dataclass
+class Worker:
+    """A worker's process and the name that it was started with last."""
+
+    place: WorkerPlace
+    child: Child
+    name: str = ""
+
+
+def worker_places(pools: list[str], counts: Counts) -> list[WorkerPlace]:
+    """The workers of each pool; labels name the pool where there are several."""
+    prefix = {pool: f"{pool}." if len(pools) > 1 else "" for pool in pools}
+    return [
+        WorkerPlace(pool, stage, number, f"{prefix[pool]}{stage}-{number}")
+        for pool in pools
+        for stage, count in counts._asdict().items()
+        for number in range(count)
+    ]
+
+
+class Up:
+    """One run of everything. See the module's docstring."""
+
+    def __init__(self, source: Given, settings: Settings, counts: Counts, *, with_sample: bool) -> None:
+        self._source = source
+        self._settings = settings
+        self._with_sample = with_sample
+        places = worker_places(list(settings.pools), counts)
+        self._terminal = Terminal(["baton", "api", *(place.label for place in places)])
+        self._redis: RedisServer | None = None
+        self._url = settings.redis.url
+        self._api = self._child("api", lambda: self._module("api"))
+        self._workers = [self._worker(place) for place in places]
+        self._is_ready = False
+        self._signals = 0
+
+    async def run(self) -> int:
+        """Starts, serves, stops; returns the exit code."""
+        serving = asyncio.ensure_future(self._serve())
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal, serving)
+        try:
+            await serving
+        except asyncio.CancelledError:
+            pass  # by a signal
+        except BatonError as error:
+            self._say(str(error))
+            return exit_for(error)
+        finally:
+            await self._drain()
+        return Exit.OK if self._signals <= 1 else Exit.INTERRUPTED
+
+    # -- start ------------------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                await self._start(group)
+        except BaseExceptionGroup as errors:
+            purposeful = errors.subgroup(BatonError)
+            if purposeful is None:
+                raise
+            raise _first(purposeful) from None
+
+    async def _start(self, group: asyncio.TaskGroup) -> None:
+        """Starts everything; the tasks that watch over it stay in `group`."""
+        started_s = time.monotonic()
+        await self._start_redis(group)
+        self._say(f"starting the API and {len(self._workers)} workers (PyTorch and the model take a moment)")
+        for child in (self._api, *(worker.child for worker in self._workers)):
+            await child.start()
+            group.create_task(self._keep_running(child))
+        await self._wait_ready()
+        self._say(f"ready after {time.monotonic() - started_s:.1f} s: {self._base_url}")
+        if self._with_sample:
+            await self._stream_sample()
+        self._say_hints()
+        self._is_ready = True
+
+    async def _start_redis(self, group: asyncio.TaskGroup) -> None:
+        if self._url:
+            self._say("using the Redis of the settings")
+            return
+        settings = self._settings.redis
+        program = find_server()
+        self._redis = RedisServer.start(Path(settings.run_dir), program=program, appendfsync=settings.appendfsync)
+        self._url = self._redis.url
+        self._say(f"starting {program.kind} {program.version_text} (from {program.origin}) in {settings.run_dir}/")
+        await asyncio.to_thread(self._redis.wait_ready)
+        group.create_task(self._keep_redis_running(self._redis))
+
+    async def _wait_ready(self) -> None:
+        """Until Redis lists every worker that was started and the API says that it is ready."""
+        try:
+            async with asyncio.timeout(READY_LIMIT_S), self._connection() as connection, self._http() as http:
+                for worker in self._workers:
+                    await _registered(connection, worker)
+                    self._terminal.line(worker.place.label, "registered")
+                await _answers_ok(http, "/ready")
+        except TimeoutError:
+            raise ChildEnded(f"not everything was ready within {READY_LIMIT_S:g} s: see the lines above") from None
+
+    async def _stream_sample(self) -> None:
+        model = next(iter(self._settings.pools))
+        body = {"model": model, "messages": [{"role": "user", "content": SAMPLE_QUESTION}], "max_tokens": 200}
+        self._say(f'asking {model}: "{SAMPLE_QUESTION}"')
+        started_s = time.monotonic()
+        first_s = None
+        async with self._http() as http:
+            with self._terminal.held():
+                self._terminal.write("\n  ")
+                async for delta in stream_chat(http, body):
+                    first_s = first_s or time.monotonic() - started_s
+                    self._terminal.write(delta.text)
+                self._terminal.write("\n\n")
+        self._say(f"first token after {1000 * (first_s or 0):.0f} ms")
+
+    def _say_hints(self) -> None:
+        model = next(iter(self._settings.pools))
+        body = {"model": model, "messages": [{"role": "user", "content": "Tell me a story."}], "stream": True}
+        self._say("try it from another terminal (or: baton chat):")
+        line = (
+            f"curl -N {self._base_url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+        )
+        self._terminal.write(f"\n  {line}\n\n")
+        self._say("serving; Ctrl-C stops everything in order")
+
+    # -- run --------------------------------------------------------------------------------------------------------------
+
+    async def _keep_running(self, child: Child) -> None:
+        restarts = Restarts()
+        while True:
+            started_s = time.monotonic()
+            code = await child.ended()
+            if not self._is_ready:
+                raise ChildEnded(f"{child.name} {ending(code)} before it was ready: see its lines above")
+            delay_s = restarts.delay_s(time.monotonic() - started_s)
+            self._say(f"{child.name} {ending(code)}: starting it again in {delay_s:g} s")
+            await asyncio.sleep(delay_s)
+            await child.start()
+
+    async def _keep_redis_running(self, server: RedisServer) -> None:
+        restarts = Restarts()
+        while True:
+            started_s = time.monotonic()
+            await _process_ended(server.process.pid)
+            server.stop()  # it has ended: this frees the folder
+            delay_s = restarts.delay_s(time.monotonic() - started_s)
+            self._say(f"Redis {ending(server.process.returncode)}: starting it again in {delay_s:g} s; requests wait")
+            await asyncio.sleep(delay_s)
+            settings = self._settings.redis
+            server = self._redis = RedisServer.start(
+                Path(settings.run_dir), program=server.program, appendfsync=settings.appendfsync
+            )
+            await asyncio.to_thread(server.wait_ready)
+
+    # -- stop -------------------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, serving: asyncio.Future[None]) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            serving.cancel()
+            return
+        self._say("killing everything")
+        for child in (self._api, *(worker.child for worker in self._workers)):
+            child.kill()
+
+    async def _drain(self) -> None:
+        settings = self._settings
+        if self._api.is_running:
+            self._say(f"stopping: streams may finish for {settings.api.shutdown_grace_s:g} s (Ctrl-C again kills)")
+        await self._api.stop(settings.api.shutdown_grace_s + 5)
+        await asyncio.gather(*(worker.child.stop(settings.worker.drain_s + 5) for worker in self._workers))
+        if self._redis is not None:
+            await asyncio.to_thread(self._redis.stop)
+        self._say("stopped")
+
+    # -- pieces -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _base_url(self) -> str:
+        api = self._settings.api
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(api.host, api.host)
+        return f"http://{host}:{api.port}"
+
+    def _say(self, text: str) -> None:
+        self._terminal.line("baton", text)
+
+    def _child(self, name: str, command: Callable[[], list[str]]) -> Child:
+        return Child(name, command, {**os.environ, "PYTHONUNBUFFERED": "1"}, self._terminal)
+
+    def _module(self, *words: str) -> list[str]:
+        chosen = ["--set", f"redis.url={self._url}", "--set", f"api.port={self._settings.api.port}"]
+        return [sys.executable, "-m", *words, *self._source.arguments(), *(chosen if self._redis else chosen[2:])]
+
+    def _worker(self, place: WorkerPlace) -> Worker:
+        def command() -> list[str]:
+            worker.name = f"{place.stage}-{place.number}-{secrets.token_hex(3)}"  # never taken for its predecessor
+            return self._module("workers", place.stage, "--pool", place.pool, "--name", worker.name)
+
+        worker = Worker(place, self._child(place.label, command))
+        return worker
+
+    def _http(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self._base_url, timeout=httpx.Timeout(60.0, connect=5.0), trust_env=False)
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        connection = Connection(msgspec.structs.replace(self._settings.redis, url=self._url))
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+
+async def _registered(connection: Connection, worker: Worker) -> None:
+    """Returns when Redis lists the worker; a Redis that does not answer yet is waited for, as workers do."""
+    keys = PoolKeys(worker.place.pool)
+    while True:
+        with contextlib.suppress(RedisUnavailable):
+            snapshot = await take_snapshot(connection, keys)
+            if worker.name in snapshot.workers[worker.place.stage]:
+                return
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _answers_ok(http: httpx.AsyncClient, path: str) -> None:
+    """Returns when a GET of `path` is answered with 200."""
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if (await http.get(path)).status_code == httpx.codes.OK:
+                return
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _process_ended(pid: int) -> None:
+    """Returns when a child of this process ended; it is not waited for, so that its exit code stays to be read."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    descriptor = os.pidfd_open(pid)
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def _first(errors: BaseExceptionGroup[BatonError]) -> BatonError:
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
