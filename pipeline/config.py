@@ -116,7 +116,7 @@ class TransferSettings(Section, frozen=True, kw_only=True):
 
     kind: Literal["shm"] = "shm"
     arena_bytes: int = 268_435_456  # shared memory of one prefill worker
-    slab_bytes: int = 1_048_576
+    slab_bytes: int = 65_536
     dir: str = "/dev/shm"
     verify: bool = False  # content digest in each handle
 

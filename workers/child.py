@@ -202,7 +202,7 @@ def _error(failed: m.Failed) -> BatonError:
     if failed.error == "KVLost":
         return KVLost(failed.message, reason=failed.reason)
     kind = getattr(errors, failed.error, None)
-    if isinstance(kind, type) and issubclass(kind, errors.EngineError | errors.TransferError):
+    if isinstance(kind, type) and issubclass(kind, errors.EngineError | errors.TransferError | errors.WireError):
         return kind(failed.message)
     return errors.EngineError(f"{failed.error}: {failed.message}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from pipeline.errors import KVLost
+from pipeline.errors import KVLost, WireError
 from pipeline.queue import Verdict
 from workers.engine import AsyncEngine
 from workers.holdings import Holdings, Task
@@ -44,10 +44,9 @@ async def _join(engine: AsyncEngine, task: Task) -> tuple[int, str]:
     if handle is not None:
         try:
             return await engine.decode(request, handle, task.log), ""
-        except KVLost as lost:
-            log.warning(
-                "blocks lost, computed again", request_id=request.request_id, reason=lost.reason, error=str(lost)
-            )
-            return await engine.decode(request, None, task.log), lost.reason
+        except (KVLost, WireError) as lost:  # not an error of the request: its prompt and log are at hand
+            reason = lost.reason if isinstance(lost, KVLost) else "handle"
+            log.warning("blocks lost, computed again", request_id=request.request_id, reason=reason, error=str(lost))
+            return await engine.decode(request, None, task.log), reason
     resumed = any(task.log.tokens)
     return await engine.decode(request, None, task.log), "resumed" if resumed else ""
