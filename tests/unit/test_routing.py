@@ -1,0 +1,67 @@
+"""Routing decisions are functions of values."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.client import blocks_needed, drained_per_s
+from pipeline.config import RouterSettings
+from pipeline.routing import DisaggregatedRouter, PoolLoad, retry_after_s
+from pipeline.snapshot import PoolSnapshot
+
+POLICY = RouterSettings(max_local_prefill_length=100, max_prefill_queue_size=5)
+
+
+def stage(prompt: int, hits: int = 0, waiting: int = 0, prefill: int = 1, decode: int = 1) -> str:
+    return DisaggregatedRouter(POLICY).route(prompt, hits, PoolLoad(waiting, prefill, decode)).stage
+
+
+def test_long_prompts_go_to_prefill_and_short_ones_do_not() -> None:
+    assert stage(101) == "prefill"
+    assert stage(100) == "decode"
+
+
+def test_what_decode_workers_hold_makes_a_prompt_shorter() -> None:
+    assert stage(300, hits=200) == "decode"
+    assert stage(300, hits=199) == "prefill"
+
+
+def test_a_long_prefill_queue_keeps_prefill_local() -> None:
+    assert stage(1000, waiting=4) == "prefill"
+    assert stage(1000, waiting=5) == "decode"
+
+
+def test_without_prefill_workers_everything_goes_on_locally_and_without_any_it_waits_for_prefill() -> None:
+    assert stage(1000, prefill=0) == "decode"
+    assert stage(1000, prefill=0, decode=0) == "prefill"
+
+
+def test_the_lane_is_the_callers() -> None:
+    route = DisaggregatedRouter(POLICY).route(1000, 0, PoolLoad(0, 1, 1), "high")
+    assert (route.stage, route.lane, route.why) == ("prefill", "high", "remote")
+
+
+def test_settings_changed_at_run_time_win_over_the_initial_ones() -> None:
+    changed = PoolSnapshot(settings={"max_local_prefill_length": "7", "something else": "1"}).router(POLICY)
+    assert changed == RouterSettings(max_local_prefill_length=7, max_prefill_queue_size=5)
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1e6))
+def test_retry_after_lies_between_one_second_and_two_minutes(waiting: int, rate: float) -> None:
+    assert 1.0 <= retry_after_s(waiting, rate) <= 120.0
+
+
+def test_the_drain_rate_follows_what_was_claimed() -> None:
+    before = PoolSnapshot(time_ms=1000, counters={"claimed:prefill:default": 10, "admitted": 50})
+    after = PoolSnapshot(time_ms=3000, counters={"claimed:prefill:default": 30, "admitted": 90})
+    rates = drained_per_s({}, before, after)
+    assert rates == {"prefill:default": 10.0}
+    later = PoolSnapshot(time_ms=4000, counters={"claimed:prefill:default": 30})
+    assert drained_per_s(rates, after, later) == {"prefill:default": 9.0}
+
+
+def test_blocks_to_start_are_those_of_the_prompt_and_one_a_choice() -> None:
+    assert blocks_needed(1, 1, 16) == 2
+    assert blocks_needed(16, 1, 16) == 2
+    assert blocks_needed(17, 3, 16) == 5
