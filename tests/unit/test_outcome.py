@@ -1,0 +1,23 @@
+"""What a handler raises becomes an outcome of its task."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import errors
+from workers.outcome import Dropped, Fail, Reject, Retry, classify
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (errors.WireError("bad bytes"), Reject("bad bytes")),
+        (errors.Unservable("no sliding windows"), Fail("no sliding windows")),
+        (errors.EngineDied("gone"), Retry("gone")),
+        (errors.RedisUnavailable("away"), Retry("away")),
+        (errors.DeadlineExceeded("late", stage="decode"), Dropped("late")),
+        (KeyError("x"), Retry("KeyError: 'x'")),
+    ],
+)
+def test_classify(error: Exception, outcome: object) -> None:
+    assert classify(error) == outcome
