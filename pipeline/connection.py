@@ -47,23 +47,23 @@ class Connection:
         self._client = _client(settings, settings.timeout_s)
         self._subscriptions: list[Subscription] = []
 
-    async def call(self, script: Script, root: str, *args: Arg) -> Any:
+    async def call(self, script: Script, root: str, *args: Arg, waits_for_memory: bool = True) -> Any:
         """Run a script; repeats it after a lost connection until `timeout_s` is over, then raises `RedisUnavailable`.
 
-        Raises `QueueFull` when Redis refuses the write because its memory is full.
+        Raises `QueueFull` at once when Redis refuses the write because its memory is full, unless it `waits_for_memory`.
         """
         give_up = time.monotonic() + self._settings.timeout_s
         delay_s = 0.02
         while True:
             try:
                 return await self._evaluate(script, root, args)
-            except exceptions.OutOfMemoryError as error:
-                raise QueueFull(
-                    f"Redis is out of memory ({script.name}): nothing was stored, try again later", retry_after_s=5.0
-                ) from error
-            except exceptions.AuthenticationError:
-                raise
-            except _LOST as error:
+            except (*_LOST, exceptions.ResponseError) as error:
+                if isinstance(error, (exceptions.AuthenticationError, exceptions.ResponseError)):
+                    if not _is_out_of_memory(error):
+                        raise  # our own mistake: repeating it cannot help
+                    if not waits_for_memory:
+                        full = f"Redis is out of memory ({script.name}): nothing was stored, try again later"
+                        raise QueueFull(full, retry_after_s=5.0) from error
                 if time.monotonic() + delay_s > give_up:
                     raise RedisUnavailable(
                         f"no answer from Redis to {script.name} within {self._settings.timeout_s:g} s: {error}"
@@ -174,6 +174,11 @@ class Subscription:
         """Close the connection; a running `messages` ends with its task. May be called twice."""
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]
         await self._client.aclose()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # 6.2 wraps a script's refusal in a plain response error, later servers have a type of their own
+    return isinstance(error, exceptions.OutOfMemoryError) or "OOM command not allowed" in str(error)
 
 
 def _client(settings: RedisSettings, timeout_s: float | None) -> redis.asyncio.Redis:

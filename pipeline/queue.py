@@ -104,11 +104,11 @@ class PoolQueue:
         self._scripts: dict[str, Script] = {}
         self._encode = msgspec.msgpack.Encoder().encode
 
-    async def _call(self, name: str, *args: Any) -> Any:
+    async def _call(self, name: str, *args: Any, waits_for_memory: bool = True) -> Any:
         script = self._scripts.get(name)
         if script is None:
             script = self._scripts[name] = Script(name)
-        return await self._connection.call(script, self.keys.root, *args)
+        return await self._connection.call(script, self.keys.root, *args, waits_for_memory=waits_for_memory)
 
     # -- a client's side ----------------------------------------------------------------------------------------------
 
@@ -124,6 +124,7 @@ class PoolQueue:
             "admit", request.id, stage, lane, self._encode(request), len(request.input.token_ids), blocks,
             request.input.sampling_options.n, WIRE_VERSION, api, limits.deadline_s, int(limits.result_ttl_s),
             limits.max_waiting_tasks, limits.max_waiting_tokens, idempotency_key, priority,
+            waits_for_memory=False,
         )  # fmt: skip
         if answer[0] == b"full":
             raise QueueFull(

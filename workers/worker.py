@@ -23,7 +23,7 @@ import structlog
 
 from pipeline.config import WorkerSettings
 from pipeline.connection import Connection, Subscription
-from pipeline.errors import BatonError, EngineError, RedisUnavailable, WireError
+from pipeline.errors import BatonError, RedisUnavailable, WireError
 from pipeline.protocol import BellNote, CancelNote, FreeNote, KVHandle, Note, Request
 from pipeline.queue import LANES, Delivery, PoolQueue, Verdict
 from workers.holdings import Held, Holdings, Task
@@ -179,14 +179,14 @@ class Worker:
         try:
             task = self._decode(delivery)
         except WireError as error:
-            await self._settle(delivery, None, Reject(str(error)))
+            await self._settle(delivery, Reject(str(error)))
             return
         held = Held(task)
         held.job = asyncio.current_task()
         self._holdings.add(held)
         try:
             outcome = await self._run(held)
-            await self._settle(delivery, held, outcome)
+            await self._settle(delivery, outcome)
         finally:
             self._holdings.remove(held)
             self._bell.set()  # room for another one
@@ -213,7 +213,7 @@ class Worker:
                 log.exception("handler raised", request_id=held.id, stage=self._stage)
             return classify(error)
 
-    async def _settle(self, delivery: Delivery, held: Held | None, outcome: Outcome) -> None:
+    async def _settle(self, delivery: Delivery, outcome: Outcome) -> None:
         """Say the outcome to Redis; while Redis is away, wait with it: the scripts may be repeated."""
         while True:
             try:
@@ -341,17 +341,10 @@ class Worker:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._bell.wait(), 0.2)
         for held in self._holdings.all():
-            held.fail(Handback(f"{self.name} is leaving"))
             if held.job is not None:
                 held.job.cancel()
                 await asyncio.wait([held.job], timeout=5)
-            await self.queue.hand_back(
-                held.task.delivery, self.name, counts=False, max_attempts=self._settings.max_attempts, why="drained"
-            )
-
-
-class Handback(EngineError):
-    """The worker leaves before the request is done; another one goes on."""
+            await self._settle(held.task.delivery, Retry("drained", counts=False))
 
 
 def _report_surprise(job: asyncio.Task[None]) -> None:
