@@ -146,14 +146,11 @@ class Subscription:
 
     async def messages(self) -> AsyncIterator[tuple[str, bytes | None]]:
         """(channel, data) of each message; data None when the channel was subscribed (anew): read what you may have missed."""
-        delay_s = 0.02
         while True:
             try:
                 reply = await self._pubsub.parse_response(block=True)
-                delay_s = 0.02
             except _LOST:
-                await self._reconnect_after(delay_s)
-                delay_s = min(delay_s * 2, 1.0)
+                await self._resubscribe()
                 continue
             if reply is None:
                 continue
@@ -163,12 +160,17 @@ class Subscription:
             elif kind == b"subscribe":
                 yield reply[1].decode(), None
 
-    async def _reconnect_after(self, delay_s: float) -> None:
-        await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
-        with contextlib.suppress(*_LOST):  # Redis is still away: the next read fails and comes here again
-            await self._pubsub.aclose()  # type: ignore[no-untyped-call]
-            self._pubsub = self._client.pubsub()
-            await self._pubsub.subscribe(*self.channels)
+    async def _resubscribe(self) -> None:
+        """Returns when Redis has taken the same channels on a new connection, however long it was away."""
+        delay_s = 0.02
+        while True:
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
+            delay_s = min(delay_s * 2, 1.0)
+            with contextlib.suppress(*_LOST):
+                await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+                self._pubsub = self._client.pubsub()
+                await self._pubsub.subscribe(*self.channels)
+                return
 
     async def close(self) -> None:
         """Close the connection; a running `messages` ends with its task. May be called twice."""

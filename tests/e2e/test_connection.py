@@ -1,0 +1,41 @@
+"""Connections to a Redis that goes away and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from pipeline.config import RedisSettings
+from pipeline.connection import Connection
+from pipeline.redis_server import RedisServer
+
+
+async def test_a_subscription_outlives_a_redis_that_was_away_for_several_attempts(short_dir: Path) -> None:
+    # Given a subscription, and Redis killed
+    server = RedisServer.start(short_dir)
+    server.wait_ready()
+    connection = Connection(RedisSettings(url=server.url))
+    subscription = await connection.subscribe("news")
+    messages = subscription.messages()
+    reading = asyncio.ensure_future(anext(messages))
+    server.process.kill()
+    server.stop()
+
+    # When it comes back after the first attempts to reconnect have failed
+    attempts = 0
+    while attempts < 3:
+        await asyncio.wait([reading], timeout=0.1)
+        assert not reading.done()
+        attempts += 1
+    server = RedisServer.start(short_dir)
+    server.wait_ready()
+
+    # Then the reader is told that the channel was subscribed anew, and gets messages again
+    async with asyncio.timeout(30):
+        assert await reading == ("news", None)
+        server.command("PUBLISH", "news", "hello")
+        assert await anext(messages) == ("news", b"hello")
+
+    await messages.aclose()
+    await connection.close()
+    server.stop()
