@@ -24,6 +24,7 @@ def configure(settings: LogSettings, process: str) -> None:
 
     def name_process(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         event["process"] = process
+        event.pop("color_message", None)  # uvicorn's second copy of the message
         return event
 
     shared: list[Processor] = [

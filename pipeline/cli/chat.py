@@ -108,8 +108,9 @@ async def _stream(url: str, settings: Settings, body: dict[str, Any], console: C
     )
 
 
-async def _timeline(settings: Settings, request_id: str) -> Timeline | None:
+async def _timeline(settings: Settings, answer_id: str) -> Timeline | None:
     """The request's stamps in Redis; None when it is out of reach from here, which is no fault of the answer."""
+    request_id = answer_id.removeprefix("chatcmpl-")
     keys = PoolKeys(pool_of(request_id))
     names = [f"t_{name}" for name in Timeline.__struct_fields__]
     try:
