@@ -1,0 +1,1 @@
+"""Trains the built-in model `baton-tiny` on text that this package generates itself."""
