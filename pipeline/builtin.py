@@ -1,0 +1,12 @@
+"""The model that comes with Baton: a few megabytes of weights, a tokenizer and a model card in `models/baton-tiny`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BUILTIN_MODEL = "baton-tiny"
+
+
+def builtin_model_path() -> Path:
+    """The folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
+    return Path(__file__).parent / "models" / BUILTIN_MODEL
