@@ -19,9 +19,8 @@ from tokenizers import Tokenizer as TokenizerBackend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
+from pipeline.builtin import BUILTIN_MODEL, builtin_model_path
 from pipeline.errors import ConfigError, InvalidRequest
-
-BUILT_IN_MODELS = Path(__file__).parent / "models"
 
 Message = Mapping[str, Any]
 TokenToBytes = Callable[[str], bytes]
@@ -108,9 +107,8 @@ class Tokenizer:
 
 
 def model_source(source: str) -> str:
-    """Where a model is: the folder of a built-in model by its name, everything else as it stands."""
-    built_in = BUILT_IN_MODELS / source
-    return str(built_in) if source and (built_in / "config.json").is_file() else source
+    """Where a model is: the folder of the built-in model by its name, everything else as it stands."""
+    return str(builtin_model_path()) if source == BUILTIN_MODEL else source
 
 
 def _load_hf(place: str) -> Any:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any
 
 import torch
 import transformers
 import xxhash
 
+from pipeline.builtin import BUILTIN_MODEL, builtin_model_path
 from pipeline.config import TorchSettings
 from pipeline.errors import Unservable
 from workers.engines.torch.attention import ATTENTION_NAME, paged_attention
 from workers.engines.torch.cache import KVGeometry
 
-BUILT_IN = ("baton-tiny",)
 SAMPLED_NUMBERS = 256  # of each weight, for the fingerprint
 
 
@@ -24,7 +23,7 @@ def load_model(name: str, settings: TorchSettings, max_model_len: int) -> Any:
     `name` is a folder, a hub id or a built-in model; `max_model_len` 0 stands for what the model says. Raises `Unservable`
     naming the reason.
     """
-    place = str(files("pipeline") / "models" / name) if name in BUILT_IN else name
+    place = str(builtin_model_path()) if name == BUILTIN_MODEL else name
     device = resolve_device(settings.device)
     transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
     try:
