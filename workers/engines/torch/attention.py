@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from pipeline.errors import Unservable
 from workers.engines.paged.runner import Row
 from workers.engines.torch.cache import KVCache
+from workers.engines.torch.dense import DenseGroup, DenseMemory
 
 ATTENTION_NAME = "baton_paged"
 STEP_ARGUMENT = "paged_step"
@@ -32,9 +33,12 @@ class DecodeGroup:
 
     first: int
     last: int
-    pieces: torch.Tensor  # [layers, 2 * rows * kv_heads * blocks] rows of `KVCache.pieces`
-    mask: torch.Tensor | None  # [rows, 1, 1, blocks * block_size], True where the sequence has a token
-    length: int  # without a mask: tokens of the sequence
+    length: int  # tokens of the longest
+    mask: (
+        torch.Tensor | None
+    )  # [rows, 1, 1, length], True where the sequence has a token; None where all are equally long
+    dense: DenseGroup | None
+    pieces: torch.Tensor | None  # without `dense`: [layers, 2 * rows * kv_heads * blocks] rows of `KVCache.pieces`
 
 
 @dataclass(slots=True)
@@ -51,8 +55,9 @@ class Chunk:
 class PagedStep:
     """Everything about a step that does not depend on the layer. Built on the CPU, one copy a tensor to the device."""
 
-    def __init__(self, rows: Sequence[Row], cache: KVCache) -> None:
+    def __init__(self, rows: Sequence[Row], cache: KVCache, memory: DenseMemory | None = None) -> None:
         self._cache = cache
+        self._memory = memory
         self._size = cache.geometry.block_size
         order = sorted(range(len(rows)), key=lambda index: (len(rows[index].token_ids) > 1, -rows[index].start))
         ragged = [rows[index] for index in order]
@@ -77,16 +82,20 @@ class PagedStep:
         """
         new = torch.stack((key[0], value[0]))
         self._cache.slots.index_copy_(0, self._slots[layer], new.view(-1, new.shape[-1]))
-        parts = [self._decode(group, layer, query, scaling) for group in self.groups]
+        parts = [self._decode(group, layer, query, new, scaling) for group in self.groups]
         parts += [self._prefill(chunk, layer, query, new, scaling) for chunk in self.chunks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
-    def _decode(self, group: DecodeGroup, layer: int, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    def _decode(
+        self, group: DecodeGroup, layer: int, query: torch.Tensor, new: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
         """[rows, heads, dim]. The heads that share a key head are the queries of one attention."""
         rows, heads, dim = group.last - group.first, query.shape[1], query.shape[3]
-        keys, values = self._gather(group.pieces[layer], rows)
-        if group.mask is None:
-            keys, values = keys[:, :, : group.length], values[:, :, : group.length]
+        if group.dense is not None:
+            keys, values = group.dense.append(layer, new[:, :, group.first : group.last])[..., : group.length, :]
+        else:
+            assert group.pieces is not None
+            keys, values = self._gather(group.pieces[layer], rows)[..., : group.length, :]
         queries = query[0, :, group.first : group.last].transpose(0, 1).reshape(rows, keys.shape[1], -1, dim)
         attended = scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask, scale=scaling)
         return attended.reshape(rows, heads, dim)
@@ -132,28 +141,35 @@ class PagedStep:
 
     def _decode_groups(self, ragged: list[Row]) -> list[DecodeGroup]:
         """Rows come longest first; a group ends where padding would be more than half."""
-        groups: list[DecodeGroup] = []
-        first = 0
-        while first < len(ragged):
-            longest = self._blocks_of(ragged[first])
-            last = first + 1
-            while last < len(ragged) and 2 * self._blocks_of(ragged[last]) >= longest:
-                last += 1
-            groups.append(self._decode_group(ragged[first:last], first, longest))
-            first = last
-        return groups
+        grouped: list[list[Row]] = []
+        for row in ragged:
+            if grouped and 2 * (row.start + 1) >= grouped[-1][0].start + 1:
+                grouped[-1].append(row)
+            else:
+                grouped.append([row])
+        dense = self._memory.groups_for(grouped) if self._memory is not None else [None] * len(grouped)
+        ends = np.cumsum([len(rows) for rows in grouped]).tolist()
+        return [
+            self._decode_group(rows, end - len(rows), copies)
+            for rows, end, copies in zip(grouped, ends, dense, strict=True)
+        ]
 
-    def _decode_group(self, rows: list[Row], first: int, blocks: int) -> DecodeGroup:
-        lengths = np.array([row.start + 1 for row in rows])
-        tables = np.empty((len(rows), blocks), dtype=np.int64)
+    def _decode_group(self, rows: list[Row], first: int, dense: DenseGroup | None) -> DecodeGroup:
+        length = rows[0].start + 1
+        mask = None
+        if rows[-1].start + 1 < length:
+            lengths = np.array([row.start + 1 for row in rows])
+            mask = self._tensor(np.arange(length) < lengths[:, None])[:, None, None]
+        pieces = self._padded_pieces(rows) if dense is None else None
+        return DecodeGroup(first, first + len(rows), length, mask, dense, pieces)
+
+    def _padded_pieces(self, rows: list[Row]) -> torch.Tensor:
+        tables = np.empty((len(rows), self._blocks_of(rows[0])), dtype=np.int64)
         for table, row in zip(tables, rows, strict=True):
             own = self._blocks_of(row)
             table[:own] = row.table[:own]
             table[own:] = row.table[0]  # what is masked out is the sequence's own
-        mask = None
-        if len(rows) > 1:
-            mask = self._tensor(np.arange(blocks * self._size) < lengths[:, None])[:, None, None]
-        return DecodeGroup(first, first + len(rows), self._pieces(tables), mask, int(lengths[0]))
+        return self._pieces(tables)
 
     def _chunk(self, row: Row, last: int) -> Chunk:
         count = len(row.token_ids)

@@ -29,7 +29,7 @@ def load_model(name: str, settings: TorchSettings, max_model_len: int) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(place)
         refuse_unservable(name, config, max_model_len)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             place,
             config=config,
             dtype=resolve_dtype(settings.dtype, device),
@@ -38,6 +38,7 @@ def load_model(name: str, settings: TorchSettings, max_model_len: int) -> Any:
         )
     except (OSError, ValueError) as error:
         raise Unservable(f"model {name}: it could not be loaded: {error}") from error
+    model.eval()
     model.requires_grad_(False)
     return model.to(device)
 

@@ -14,8 +14,10 @@ from pipeline.errors import Unservable
 from pipeline.protocol import SamplingOptions
 from workers.engines.paged.blocks import new_table
 from workers.engines.paged.runner import Chosen, Draw, Row, RunnerInfo
-from workers.engines.torch.attention import ATTENTION_NAME, STEP_ARGUMENT, PagedStep
+from workers.engines.torch.attention import ATTENTION_NAME, PagedStep
 from workers.engines.torch.cache import KVCache
+from workers.engines.torch.decoder import decoder_of
+from workers.engines.torch.dense import DenseMemory
 from workers.engines.torch.model import fingerprint, geometry_of, load_model, model_length
 from workers.engines.torch.sampling import choose
 
@@ -63,15 +65,21 @@ class TorchRunner:
         self._model = load_model(name, settings, self._pool.max_model_len)
         geometry = geometry_of(self._model.config, settings.block_size, self._model.dtype)
         self._cache = KVCache(geometry, settings.num_blocks, self._model.device)
-        self._probe()
+        self._memory = DenseMemory(self._cache) if self._model.device.type == "cpu" else None
+        length = model_length(self._model.config, self._pool.max_model_len)
+        layout = fingerprint(self._model, geometry)
+        eager = self._eager_logits()
+        with torch.inference_mode():
+            self._decoder = decoder_of(self._model, length)
+        self._compare(eager)
         return RunnerInfo(
             name="torch",
             model=name,
-            layout=fingerprint(self._model, geometry),
+            layout=layout,
             block_size=settings.block_size,
             num_blocks=settings.num_blocks,
             block_nbytes=geometry.block_nbytes,
-            max_model_len=model_length(self._model.config, self._pool.max_model_len),
+            max_model_len=length,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             prefix_cache=settings.prefix_cache,
@@ -89,43 +97,43 @@ class TorchRunner:
 
     def _forward(self, rows: Sequence[Row]) -> torch.Tensor | None:
         """Logits [rows that sample, vocabulary] of the last position of each, in float32; None where no row samples."""
-        step = PagedStep(rows, self._cache)
-        output = self._model(
-            input_ids=step.input_ids,
-            position_ids=step.position_ids,
-            use_cache=False,
-            logits_to_keep=step.sampling,
-            **{STEP_ARGUMENT: step},
-        )
-        return output.logits[0].float() if len(step.sampling) else None
+        step = PagedStep(rows, self._cache, self._memory)
+        logits = self._decoder.logits(step)
+        if self._memory is not None:
+            self._memory.advance()
+        return logits.float() if len(step.sampling) else None
 
     @torch.inference_mode()
-    def _probe(self) -> None:
-        """Compute a short prompt in two parts over blocks, and with the model's eager attention: an architecture that asks
-        for more than plain attention shows here, not in its answers."""
-        vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
-        tokens = [(7 * position + 1) % vocabulary for position in range(PROBE_LENGTH)]
-        table = new_table(range(-(-PROBE_LENGTH // self._settings.block_size)))
+    def _eager_logits(self) -> torch.Tensor:
+        """The model's own logits after the probe."""
+        self._model.set_attn_implementation("eager")
+        tokens = torch.tensor([self._probe_tokens()], device=self._model.device)
+        logits: torch.Tensor = self._model(input_ids=tokens, use_cache=False).logits[0, -1].float()
+        self._model.set_attn_implementation(ATTENTION_NAME)
+        return logits
+
+    @torch.inference_mode()
+    def _compare(self, eager: torch.Tensor) -> None:
+        """Compute the probe over blocks, as a prompt, a chunk and a token: an architecture that asks for more than plain
+        attention shows here, not in its answers."""
+        tokens = self._probe_tokens()
+        table = new_table(range(-(-len(tokens) // self._settings.block_size)))
         draw = Draw(SamplingOptions(), choice=0, index=0, banned=(), eos_token_ids=())
+        half, last = len(tokens) // 2, len(tokens) - 1
         try:
-            for start, end in (
-                (0, PROBE_LENGTH // 2),
-                (PROBE_LENGTH // 2, PROBE_LENGTH - 1),
-                (PROBE_LENGTH - 1, PROBE_LENGTH),
-            ):
+            for start, end in ((0, half), (half, last), (last, len(tokens))):
                 paged = self._forward([Row(tokens[start:end], start, table, [draw])])
-            self._model.set_attn_implementation("eager")
-            eager = self._model(input_ids=torch.tensor([tokens], device=self._model.device), use_cache=False).logits[
-                0, -1:
-            ]
-            self._model.set_attn_implementation(ATTENTION_NAME)
         except (TypeError, KeyError, ValueError, RuntimeError) as error:
             raise Unservable(f"model {self._pool.model}: it does not run on paged attention: {error}") from error
         self._cache.clear(table)
         assert paged is not None
-        difference = float((paged - eager.float()).abs().max() / eager.float().abs().max())
+        difference = float((paged[0] - eager).abs().max() / eager.abs().max())
         if not difference < PROBE_TOLERANCE[self._model.dtype]:
             raise Unservable(
-                f"model {self._pool.model}: paged attention gives other logits than the model's own, by {difference:.2g} of "
-                "the largest; its attention does something that the torch engine does not know"
+                f"model {self._pool.model}: paged attention gives other logits than the model's own, by {difference:.2g} "
+                "of the largest; its attention does something that the torch engine does not know"
             )
+
+    def _probe_tokens(self) -> list[int]:
+        vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
+        return [(7 * position + 1) % vocabulary for position in range(PROBE_LENGTH)]
