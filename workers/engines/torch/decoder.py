@@ -91,7 +91,7 @@ def can_pack(model: Any) -> bool:
         model.device.type == "cpu"
         and model.dtype == torch.float32
         and nbytes <= PACKED_NBYTES
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
