@@ -71,7 +71,10 @@ class PagedStep:
         self.groups = self._decode_groups(ragged[:decoding])
         self.chunks = [self._chunk(row, int(end)) for row, end in zip(ragged[decoding:], ends[decoding:], strict=True)]
         last_of = dict(zip(order, ends - 1, strict=True))
-        self.sampling = self._tensor([int(last_of[index]) for index, row in enumerate(rows) if row.draws])
+        sampling = [int(last_of[index]) for index, row in enumerate(rows) if row.draws]
+        self.sampling = self._tensor(
+            np.array(sampling, dtype=np.int64)
+        )  # typed: a step of chunks alone samples nothing
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
