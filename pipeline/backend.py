@@ -40,6 +40,7 @@ class Backend:
         stop, include = request.stop_conditions, request.sampling_options.include_stop_str_in_output
         self._detokenizer = detokenizer(tokenizer, skip_special_tokens=request.output_options.skip_special_tokens)
         self._stops = StopStrings(stop.stop, include=include) if stop.stop else None
+        self._unwatched = max(0, (stop.min_tokens or 0) - 1)  # tokens whose text is no part of a stop string
         self._hidden = frozenset() if include else frozenset([*request.eos_token_ids, *(stop.stop_token_ids or ())])
         self._stopped = False
 
@@ -67,7 +68,12 @@ class Backend:
             return Text("", 0, True)
         certain: list[str] = []
         for position, token_id in enumerate(token_ids, start=1):
-            delta, self._stopped = stops.push(self._detokenizer.push((token_id,)))
+            text = self._detokenizer.push((token_id,))
+            if self._unwatched:
+                self._unwatched -= 1
+                certain.append(text)
+                continue
+            delta, self._stopped = stops.push(text)
             certain.append(delta)
             if self._stopped:
                 return Text("".join(certain), position, True)
@@ -84,8 +90,7 @@ class StopStrings:
         self._stops = [stop for stop in stops if stop]
         self._include = include
         self._firsts = frozenset(stop[0] for stop in self._stops)
-        self._beginnings = frozenset(stop[:length] for stop in self._stops for length in range(1, len(stop)))
-        self._longest = max(map(len, self._stops), default=1) - 1
+        self._longest = max(map(len, self._stops), default=1)
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -120,8 +125,9 @@ class StopStrings:
         return best
 
     def _start_of_held(self, window: str) -> int:
-        for start in range(max(0, len(window) - self._longest), len(window)):
-            if window[start] in self._firsts and window[start:] in self._beginnings:
+        """Where the longest end of the window begins that is also a proper beginning of a stop string."""
+        for start in range(max(0, len(window) - self._longest + 1), len(window)):
+            if window[start] in self._firsts and any(stop.startswith(window[start:]) for stop in self._stops):
                 return start
         return len(window)
 

@@ -9,6 +9,7 @@ BatonError
 │   └── Draining
 ├── DeadlineExceeded          the request's time ran out; `stage` says where
 ├── RequestFailed             accepted, then ended as failed or dead-lettered
+│   └── RequestCancelled      accepted, then ended by somebody before it was done
 ├── EngineError
 │   ├── Unservable            this engine cannot serve the model or the request, ever
 │   ├── KVLost                the blocks behind a handle are not what the handle says; recompute
@@ -91,6 +92,12 @@ class RequestFailed(BatonError):
     """An accepted request ended as failed."""
 
     code = "request_failed"
+
+
+class RequestCancelled(RequestFailed):
+    """An accepted request was cancelled before it was done."""
+
+    code = "cancelled"
 
 
 class EngineError(BatonError):

@@ -63,6 +63,8 @@ class Preprocessor:
     def _assemble(self, request_id: str, token_ids: list[int], wanted: Wanted, *, param: str) -> BackendInput:
         self._check_ids(wanted.stop.stop_token_ids or [], "stop_token_ids")
         max_tokens = self._fit(len(token_ids), wanted.stop.max_tokens, param)
+        if (wanted.stop.min_tokens or 0) > max_tokens:
+            raise InvalidRequest(f"min_tokens is more than the {max_tokens} tokens that may come", param="min_tokens")
         return BackendInput(
             request_id=request_id,
             model=self.model,

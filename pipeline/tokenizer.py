@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as TokenizerBackend
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
 from pipeline.builtin import BUILTIN_MODEL, builtin_model_path
@@ -114,6 +114,8 @@ def model_source(source: str) -> str:
 def _load_hf(place: str) -> Any:
     if cached_file(place, "tokenizer.json", _raise_exceptions_for_missing_entries=False) is not None:
         return PreTrainedTokenizerFast.from_pretrained(place)
+    from transformers import AutoTokenizer  # imports torch where it is installed
+
     return AutoTokenizer.from_pretrained(place)
 
 

@@ -23,12 +23,13 @@ def request(
     skip_special: bool = True,
     eos: list[int] | None = None,
     stop_token_ids: list[int] | None = None,
+    min_tokens: int | None = None,
 ) -> BackendInput:
     return BackendInput(
         request_id="r",
         model="m",
         token_ids=[1],
-        stop_conditions=StopConditions(max_tokens=100, stop=stop, stop_token_ids=stop_token_ids),
+        stop_conditions=StopConditions(max_tokens=100, stop=stop, stop_token_ids=stop_token_ids, min_tokens=min_tokens),
         sampling_options=SamplingOptions(include_stop_str_in_output=include),
         output_options=OutputOptions(skip_special_tokens=skip_special),
         eos_token_ids=eos or [],
@@ -183,6 +184,19 @@ def test_exactly_what_could_become_a_stop_string_is_held_back(pieces: list[str],
         held = max((len(begin) for begin in begins if seen.endswith(begin)), default=0)
         assert (given_out, stopped) == (seen[: len(seen) - held], False)
     assert given_out + watch.finish() == seen
+
+
+def test_stop_strings_count_from_the_least_number_of_tokens_on() -> None:
+    tokenizer = texts.tokenizer("byte_level")
+    ids = [
+        token_id
+        for word in ("one", " END", " two", " END", " x")
+        for token_id in tokenizer.encode(word, add_special_tokens=False)
+    ]
+    first = len(tokenizer.encode("one END", add_special_tokens=False))
+    for groups in ([ids], [[token_id] for token_id in ids]):
+        assert run(Backend(tokenizer, request(stop=[" END"], min_tokens=first)), groups)[0] == "one"
+        assert run(Backend(tokenizer, request(stop=[" END"], min_tokens=first + 1)), groups)[0] == "one END two"
 
 
 def test_nothing_follows_a_stop() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,10 @@ def test_a_folder_without_configuration_still_has_a_tokenizer(tmp_path: Path) ->
 def test_a_folder_without_tokenizer_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer"):
         Tokenizer.load(str(tmp_path))
+
+
+def test_loading_a_tokenizer_leaves_torch_alone(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    code = f"import sys; from pipeline.tokenizer import Tokenizer; Tokenizer.load({str(tmp_path)!r}); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
