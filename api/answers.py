@@ -1,0 +1,252 @@
+"""The answer to one valid request, as a stream or as a whole. One object owns the request from admission to its end.
+
+1. Submit. What is refused here raises before any header is sent.
+2. Wait for the first token (a stream: at most `headers_after_s`), for the end (a whole answer), or for the client to leave.
+3. Write. From the first header on, what goes wrong is an error event and `[DONE]`, never a silent cut.
+4. Settle: a request that has not ended by itself is cancelled in Redis, whatever the reason for leaving was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import abstractmethod
+from collections.abc import AsyncIterator
+
+import anyio
+import msgspec
+import structlog
+from sse_starlette.sse import SendTimeoutError
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.errors import error_of_end
+from api.event_stream import EventStream
+from api.feed import Choices, Feed
+from api.service import ServedPool, Service
+from api.sse import DONE, FINISH_WORDS, Events, answer_id, error_events, is_chat, usage_fields
+from pipeline.errors import BatonError, RequestFailed
+from pipeline.protocol import Request
+from pipeline.stream import RequestStream, TokenChunk
+
+CANCEL_LIMIT_S = 5.0  # Redis may be away while a request is left; its deadline ends it then
+
+log = structlog.get_logger("baton.api")
+
+
+class ClientGone(Exception):
+    """The client closed its connection; there is nobody to answer."""
+
+
+class Answer(Response):
+    """See the module's docstring."""
+
+    def __init__(self, service: Service, pool: ServedPool, request: Request) -> None:
+        super().__init__()
+        self._service = service
+        self._pool = pool
+        self._request = request
+        self._choices = Choices(pool.preprocessor.tokenizer, request)
+        self._begin_s = time.monotonic()
+        self._first_s = 0.0
+        self._why = ""  # why the request was left before it ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the request to its end."""
+        live = self._service.metrics.live.labels(self._pool.name)
+        async with await self._pool.client.submit(self._request) as stream:
+            feed = Feed(stream)
+            live.inc()
+            try:
+                with self._service.drain.interrupting(feed.interrupt):
+                    await self._respond(feed, scope, receive, send)
+            except ClientGone:
+                self._why = "client disconnected"
+            except SendTimeoutError:
+                self._why = f"client did not read for {self._service.settings.send_timeout_s:g} s"
+            except BatonError as error:
+                self._why = error.code
+                raise
+            finally:
+                live.dec()
+                await self._settle(feed)
+
+    @abstractmethod
+    async def _respond(self, feed: Feed, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+    def _note_first(self) -> None:
+        if not self._first_s:
+            self._first_s = time.monotonic() - self._begin_s
+            self._service.metrics.first_token(self._pool.name, self._first_s)
+
+    def _failure(self, stream: RequestStream) -> BatonError | None:
+        """Why the answer is not one, after the stream's end."""
+        ended = stream.ended
+        if ended is None:
+            return RequestFailed("the stream of tokens ended without an end of the request")
+        if ended.state == "done" and self._choices.are_complete:
+            return None
+        return error_of_end(ended)
+
+    async def _settle(self, feed: Feed) -> None:
+        """Leave nothing behind: not the iteration, not a request that nobody reads."""
+        with anyio.CancelScope(shield=True):
+            ended = feed.stream.ended
+            if ended is None:
+                self._why = self._why or "client disconnected"
+                await self._cancel(feed.stream)
+            await feed.close()
+        state = ended.state if ended is not None else "left"
+        seconds = time.monotonic() - self._begin_s
+        self._service.metrics.ended(self._pool.name, self._request.kind, state, seconds, ended)
+        log.info(
+            "request ended",
+            request_id=self._request.id,
+            state=state,
+            why=self._why or (ended.reason if ended is not None else ""),
+            prompt_tokens=len(self._request.input.token_ids),
+            completion_tokens=ended.usage.completion_tokens if ended is not None else None,
+            first_token_ms=round(self._first_s * 1000, 1),
+            total_ms=round(seconds * 1000, 1),
+        )
+
+    async def _cancel(self, stream: RequestStream) -> None:
+        try:
+            with anyio.fail_after(CANCEL_LIMIT_S):
+                await stream.cancel(self._why)
+        except (BatonError, TimeoutError) as error:
+            log.warning(
+                "request could not be cancelled, it ends at its deadline", request_id=stream.id, error=str(error)
+            )
+
+
+class StreamedAnswer(Answer):
+    """Server-sent events."""
+
+    def __init__(self, service: Service, pool: ServedPool, request: Request) -> None:
+        super().__init__(service, pool, request)
+        self._events = Events(request)
+
+    async def _respond(self, feed: Feed, scope: Scope, receive: Receive, send: Send) -> None:
+        settings = self._service.settings
+        first = asyncio.create_task(feed.first_tokens())
+        try:
+            if await has_come(first, receive, settings.headers_after_s) and first.result() is None:
+                raise self._failure(feed.stream) or RequestFailed("the request ended without a token")
+            response = EventStream(
+                self._write(feed, first), ping_s=settings.ping_s, send_timeout_s=settings.send_timeout_s
+            )
+            await response(scope, receive, send)
+        finally:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+
+    async def _write(self, feed: Feed, first: asyncio.Task[list[TokenChunk] | None]) -> AsyncIterator[bytes]:
+        """Bytes of events; all tokens that have come by the time of a write leave in it."""
+        opening = self._events.opening
+        try:
+            if not first.done() and opening:
+                yield opening
+                opening = b""
+            chunks = await first
+            self._note_first()
+            while chunks is not None:
+                data = opening + self._encode(chunks)
+                opening = b""
+                if data:
+                    yield data
+                chunks = await feed.next()
+            end = self._end(feed.stream)
+        except BatonError as error:
+            self._why = error.code
+            end = error_events(error)
+        except Exception:  # the edge: the headers are out, so the only honest end is an error event
+            log.exception("an answer could not be written", request_id=self._request.id)
+            end = error_events(RequestFailed("internal error; the server's log has the reason"))
+        yield opening + end
+
+    def _encode(self, chunks: list[TokenChunk]) -> bytes:
+        events = self._events
+        parts: list[bytes] = []
+        for choice, text, reason in self._choices.push(chunks):
+            if text:
+                parts.append(events.text(choice, text))
+            if reason is not None:
+                parts.append(events.finish(choice, reason))
+        return b"".join(parts)
+
+    def _end(self, stream: RequestStream) -> bytes:
+        failure = self._failure(stream)
+        if failure is not None:
+            self._why = failure.code
+            return error_events(failure)
+        assert stream.ended is not None
+        return (self._events.usage(stream.ended.usage) if self._request.include_usage else b"") + DONE
+
+
+class WholeAnswer(Answer):
+    """One JSON body."""
+
+    async def _respond(self, feed: Feed, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._collect(feed))
+        try:
+            await has_come(work, receive, None)
+            response = Response(work.result(), media_type="application/json")
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        await response(scope, receive, send)
+
+    async def _collect(self, feed: Feed) -> bytes:
+        texts: list[list[str]] = [[] for _ in self._choices.reasons]
+        while (chunks := await feed.next()) is not None:
+            self._note_first()
+            for choice, text, _ in self._choices.push(chunks):
+                texts[choice].append(text)
+        failure = self._failure(feed.stream)
+        if failure is not None:
+            raise failure
+        return self._body(["".join(parts) for parts in texts], feed.stream)
+
+    def _body(self, texts: list[str], stream: RequestStream) -> bytes:
+        assert stream.ended is not None
+        chat = is_chat(self._request)
+        choices = [
+            {
+                "index": index,
+                **({"message": {"role": "assistant", "content": text}} if chat else {"text": text}),
+                "finish_reason": FINISH_WORDS[reason],
+            }
+            for index, (text, reason) in enumerate(zip(texts, self._choices.reasons, strict=True))
+            if reason is not None
+        ]
+        return msgspec.json.encode(
+            {
+                "id": answer_id(self._request),
+                "object": self._request.kind,
+                "created": self._request.created_s,
+                "model": self._request.input.model,
+                "choices": choices,
+                "usage": usage_fields(stream.ended.usage),
+            }
+        )
+
+
+async def has_come(work: asyncio.Task[object], receive: Receive, limit_s: float | None) -> bool:
+    """Wait for `work`; False when it has not come within `limit_s`. Raises ClientGone when the client leaves before."""
+    gone = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait({work, gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return True
+        if gone.done():
+            raise ClientGone
+        return False
+    finally:
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,261 @@
+"""Request bodies: strict types with the JSON path of what is wrong, unknown fields ignored, `null` the same as not given.
+
+What Baton cannot honour yet is refused by name and not silently dropped; a value that asks for nothing is welcome.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from pipeline.errors import InvalidRequest
+from pipeline.preprocess import Wanted
+from pipeline.protocol import OutputOptions, SamplingOptions, StopConditions
+
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class StreamOptions(msgspec.Struct):
+    """`stream_options`"""
+
+    include_usage: bool | None = None
+
+
+class TextPart(msgspec.Struct, tag="text", tag_field="type"):
+    """A part of a message's content."""
+
+    text: str
+
+
+class ChatMessage(msgspec.Struct):
+    """One message; tool calls come with the tools."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    tool_calls: Any = None
+
+
+class Common(msgspec.Struct, kw_only=True):
+    """Fields of both kinds of request that Baton honours, then those that it refuses unless they ask for nothing."""
+
+    model: str
+    max_tokens: Count | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[int], Meta(max_length=64)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    repetition_penalty: Any = None
+    logit_bias: Any = None
+    min_p: Any = None
+    logprobs: Any = None
+    prompt_logprobs: Any = None
+    use_beam_search: Any = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    echo: Any = None
+
+
+class ChatBody(Common, kw_only=True):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    max_completion_tokens: Count | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    top_logprobs: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    modalities: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+    continue_final_message: Any = None
+    add_generation_prompt: Any = None
+
+
+class CompletionBody(Common, kw_only=True):
+    """The body of /v1/completions. `prompt`: a text, token ids, or a list of one of these."""
+
+    prompt: str | list[str | int | list[int]]
+    best_of: Annotated[int, Meta(ge=1)] | None = None
+    suffix: Any = None
+
+
+# What asks for nothing beyond what is done anyway. `logprobs: 0` of a completion asks for something, so False is told from 0.
+_ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "logprobs": (False,),
+    "prompt_logprobs": (),
+    "use_beam_search": (False,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "echo": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "web_search_options": (),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "suffix": ("",),
+}
+
+_chat_decoder = msgspec.json.Decoder(ChatBody)
+_completion_decoder = msgspec.json.Decoder(CompletionBody)
+
+
+def chat_body(raw: bytes) -> ChatBody:
+    """Decode and check a chat request. Raises InvalidRequest with the path of the first thing that is wrong."""
+    body: ChatBody = _decode(_chat_decoder, raw)
+    _check_common(body)
+    for position, message in enumerate(body.messages):
+        if message.tool_calls:
+            raise _unsupported(f"messages[{position}].tool_calls")
+    return body
+
+
+def completion_body(raw: bytes) -> CompletionBody:
+    """Decode and check a completion request. Raises InvalidRequest with the path of the first thing that is wrong."""
+    body: CompletionBody = _decode(_completion_decoder, raw)
+    _check_common(body)
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise InvalidRequest("best_of other than n is not supported", param="best_of", code="unsupported_parameter")
+    return body
+
+
+def template_messages(body: ChatBody) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them: content as one text, a developer's word as the system's."""
+    return [
+        {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": _content_text(message.content),
+            **({"name": message.name} if message.name is not None else {}),
+        }
+        for message in body.messages
+    ]
+
+
+def single_prompt(body: CompletionBody) -> str | list[int]:
+    """The prompt as text or ids. Raises InvalidRequest for several prompts: they are several requests."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return prompt
+    if all(type(part) is int for part in prompt):
+        return [part for part in prompt if isinstance(part, int)]
+    if len(prompt) != 1:
+        raise InvalidRequest(
+            "one prompt a request: send several requests", param="prompt", code="unsupported_parameter"
+        )
+    (only,) = prompt
+    return only if isinstance(only, (str, list)) else [only]
+
+
+def wanted(body: ChatBody | CompletionBody) -> Wanted:
+    """What the client wants beside the prompt, in the pipeline's words."""
+    longest = body.max_tokens
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        longest = body.max_completion_tokens
+    return Wanted(
+        stop=StopConditions(
+            max_tokens=longest,
+            stop=([body.stop] if isinstance(body.stop, str) else body.stop) or None,
+            stop_token_ids=body.stop_token_ids or None,
+            min_tokens=body.min_tokens or None,
+            ignore_eos=bool(body.ignore_eos),
+        ),
+        sampling=SamplingOptions(
+            n=body.n or 1,
+            temperature=_given(body.temperature, 1.0),
+            top_p=_given(body.top_p, 1.0),
+            top_k=max(0, body.top_k or 0),
+            seed=body.seed,
+            include_stop_str_in_output=bool(body.include_stop_str_in_output),
+        ),
+        output=OutputOptions(skip_special_tokens=body.skip_special_tokens is not False),
+    )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def _content_text(content: str | list[TextPart]) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def _check_common(body: ChatBody | CompletionBody) -> None:
+    for name, harmless in _ASKS_NOTHING.items():
+        value = getattr(body, name, None)
+        if value is not None and not any(
+            value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless
+        ):
+            raise _unsupported(name)
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
+
+
+def _unsupported(param: str) -> InvalidRequest:
+    return InvalidRequest(f"{param} is not supported with this value", param=param, code="unsupported_parameter")
+
+
+def _decode(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
+    try:
+        return decoder.decode(raw)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error
+
+
+_AT_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+_MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`$")
+
+
+def _invalid(text: str) -> InvalidRequest:
+    """msgspec's message, with its path moved to `param`."""
+    found = _AT_PATH.search(text)
+    path = found["path"] if found else ""
+    what = text[: found.start()] if found else text
+    missing = _MISSING.match(what)
+    if missing:
+        path = f"{path}.{missing['field']}" if path else missing["field"]
+        what = "required field is missing"
+    what = what[:1].lower() + what[1:200]
+    return InvalidRequest(f"{path}: {what}" if path else f"the body: {what}", param=path or None)

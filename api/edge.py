@@ -1,0 +1,105 @@
+"""The outermost layer: every response carries an `X-Request-Id`, every error has OpenAI's shape, no traceback leaves the process.
+
+A client's `X-Request-Id` is echoed and logged; it is a label, never a key to anything.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import structlog
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import error_response, row_of
+from api.metrics import Metrics
+from pipeline.errors import BatonError, InvalidRequest
+
+LONGEST_REQUEST_ID = 128
+
+log = structlog.get_logger("baton.api")
+
+
+class Edge:
+    """ASGI middleware: request ids, and the last resort for errors that nobody expected."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = client_request_id(Headers(scope=scope).get("x-request-id"))
+        has_started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(x_request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception:
+                if has_started:
+                    raise
+                log.exception("request failed inside the server", path=scope["path"])
+                problem = BatonError("internal error; the server's log has the reason under this X-Request-Id")
+                await error_response(problem)(scope, receive, send_with_id)
+
+
+def client_request_id(given: str | None) -> str:
+    """The client's id if it is a short printable one, else a new one."""
+    if given and len(given) <= LONGEST_REQUEST_ID and given.isascii() and given.isprintable():
+        return given
+    return secrets.token_urlsafe(16)
+
+
+def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
+    """Everything that is raised before the headers are out becomes an error body."""
+
+    def answer(request: Request, error: BatonError) -> Response:
+        metrics.refused(error.code)
+        log.info(
+            "request refused",
+            path=request.url.path,
+            status=row_of(error).status,
+            code=error.code,
+            param=getattr(error, "param", None),
+            error=str(error)[:200],
+        )
+        return error_response(error)
+
+    async def on_baton_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, BatonError)
+        return answer(request, error)
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        response = answer(request, _routing_error(request, error))
+        response.headers.update(error.headers or {})
+        return response
+
+    async def on_disconnect(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # the client left while it sent its body; nobody reads this
+
+    app.add_exception_handler(BatonError, on_baton_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
+
+
+def _routing_error(request: Request, error: HTTPException) -> BatonError:
+    path = request.url.path[:200]
+    if error.status_code == 404:
+        return InvalidRequest(f"there is nothing at {path}", code="not_found")
+    if error.status_code == 405:
+        return InvalidRequest(f"{request.method} is not allowed at {path}", code="method_not_allowed")
+    return InvalidRequest(str(error.detail))

@@ -1,0 +1,96 @@
+"""The one table from error code to HTTP status, and the one shape of an error: OpenAI's, with all four fields, everywhere."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import msgspec
+from starlette.responses import Response
+
+from pipeline.errors import (
+    BatonError,
+    DeadlineExceeded,
+    InvalidRequest,
+    Refused,
+    RequestCancelled,
+    RequestFailed,
+)
+from pipeline.stream import Ended
+
+LONGEST_MESSAGE = 500  # characters; what a client sent is never echoed at length
+
+
+class Row(NamedTuple):
+    """How one code looks in HTTP."""
+
+    status: int
+    type: str
+
+
+TABLE: dict[str, Row] = {
+    "invalid_request": Row(400, "invalid_request_error"),
+    "context_length_exceeded": Row(400, "invalid_request_error"),
+    "unsupported_parameter": Row(400, "invalid_request_error"),
+    "model_not_found": Row(404, "invalid_request_error"),
+    "not_found": Row(404, "invalid_request_error"),
+    "method_not_allowed": Row(405, "invalid_request_error"),
+    "body_too_large": Row(413, "invalid_request_error"),
+    "unsupported_media_type": Row(415, "invalid_request_error"),
+    "cancelled": Row(499, "request_cancelled"),
+    "overloaded": Row(503, "overloaded_error"),
+    "refused": Row(503, "overloaded_error"),
+    "draining": Row(503, "server_error"),
+    "redis_unavailable": Row(503, "server_error"),
+    "queue_timeout": Row(504, "timeout_error"),
+}
+INTERNAL = Row(500, "server_error")  # every other code
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """`{"error": {...}}`: code and param are null where there is none."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+def row_of(error: BatonError) -> Row:
+    """Status and type of an error."""
+    return TABLE.get(error.code, INTERNAL)
+
+
+def error_json(error: BatonError) -> bytes:
+    """The body of an error, also the data of an error event in a stream."""
+    message = str(error)
+    if len(message) > LONGEST_MESSAGE:
+        message = message[:LONGEST_MESSAGE] + "…"
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return msgspec.json.encode({"error": ErrorBody(message, row_of(error).type, param, error.code)})
+
+
+def error_response(error: BatonError) -> Response:
+    """An error as the answer to a request whose headers have not been sent."""
+    status = row_of(error).status
+    headers: dict[str, str] = {}
+    if isinstance(error, Refused):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if status >= 500 and not error.retryable:
+        headers["x-should-retry"] = "false"  # else the official clients send the request again, twice
+    return Response(error_json(error), status, headers, "application/json")
+
+
+def error_of_end(ended: Ended) -> BatonError:
+    """Why a request that was accepted did not become an answer."""
+    match ended.state:
+        case "expired":
+            return DeadlineExceeded(f"the request's time ran out ({ended.stage or 'unknown stage'})", stage=ended.stage)
+        case "cancelled":
+            return RequestCancelled(f"the request was cancelled: {ended.reason}")
+        case "dead":
+            return RequestFailed(f"the request was given up after repeated failures: {ended.reason}")
+        case "failed":
+            return RequestFailed(f"the request failed: {ended.reason}")
+        case _:
+            return RequestFailed(f"the request ended as {ended.state} before its answer was complete")

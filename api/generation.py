@@ -1,0 +1,101 @@
+"""`/v1/chat/completions` and `/v1/completions`: a body becomes a `Request`, a `Request` becomes an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from starlette.responses import Response
+
+from api.answers import Answer, StreamedAnswer, WholeAnswer
+from api.bodies import ChatBody, CompletionBody, chat_body, completion_body, single_prompt, template_messages, wanted
+from api.service import ServedPool, Service
+from pipeline.errors import InvalidRequest
+from pipeline.ids import new_request_id
+from pipeline.protocol import BackendInput, Request
+
+INLINE_BYTES = 16_384  # longer bodies are tokenized in a thread, so that they do not hold up the streams
+
+
+def generation_routes(service: Service) -> APIRouter:
+    """The routes that make text."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(http: HttpRequest) -> Response:
+        service.drain.check()
+        raw = await read_body(http, service.settings.body_limit_bytes)
+        body = chat_body(raw)
+        pool = service.pool(body.model)
+
+        def prepare(request_id: str) -> BackendInput:
+            return pool.preprocessor.chat(
+                request_id, template_messages(body), wanted(body), template_variables=body.chat_template_kwargs
+            )
+
+        return await _answer(service, pool, body, "chat.completion", prepare, len(raw))
+
+    @router.post("/v1/completions")
+    async def completions(http: HttpRequest) -> Response:
+        service.drain.check()
+        raw = await read_body(http, service.settings.body_limit_bytes)
+        body = completion_body(raw)
+        pool = service.pool(body.model)
+
+        def prepare(request_id: str) -> BackendInput:
+            return pool.preprocessor.completion(request_id, single_prompt(body), wanted(body))
+
+        return await _answer(service, pool, body, "text_completion", prepare, len(raw))
+
+    return router
+
+
+async def _answer(
+    service: Service,
+    pool: ServedPool,
+    body: ChatBody | CompletionBody,
+    kind: str,
+    prepare: Callable[[str], BackendInput],
+    body_bytes: int,
+) -> Answer:
+    request_id = new_request_id(pool.name)
+    ready = prepare(request_id) if body_bytes <= INLINE_BYTES else await asyncio.to_thread(prepare, request_id)
+    options = body.stream_options
+    request = Request(
+        id=request_id,
+        kind=kind,
+        created_s=int(time.time()),
+        input=ready,
+        include_usage=options is not None and bool(options.include_usage),
+    )
+    return (StreamedAnswer if body.stream else WholeAnswer)(service, pool, request)
+
+
+async def read_body(http: HttpRequest, limit_bytes: int) -> bytes:
+    """The body, if it is JSON by its headers and not too large; a declared length is believed before anything is read.
+
+    Raises InvalidRequest (unsupported_media_type, body_too_large).
+    """
+    kind = http.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise InvalidRequest(f"content type {kind[:100]!r} is not application/json", code="unsupported_media_type")
+    if http.headers.get("content-encoding", "identity").lower() != "identity":
+        raise InvalidRequest("compressed bodies are not supported", code="unsupported_media_type")
+    declared = http.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit_bytes:
+        raise _too_large(limit_bytes)
+    parts: list[bytes] = []
+    size = 0
+    async for part in http.stream():
+        size += len(part)
+        if size > limit_bytes:
+            raise _too_large(limit_bytes)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _too_large(limit_bytes: int) -> InvalidRequest:
+    return InvalidRequest(f"the body has more than {limit_bytes} bytes", code="body_too_large")

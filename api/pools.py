@@ -1,0 +1,51 @@
+"""Opens the pools that a process serves: tokenizer, limits, client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+from api.service import ServedPool
+from pipeline.client import PoolClient
+from pipeline.config import EngineSettings, PoolSettings, Settings
+from pipeline.connection import Connection
+from pipeline.errors import ConfigError
+from pipeline.preprocess import Preprocessor
+from pipeline.tokenizer import Tokenizer
+
+
+@contextlib.asynccontextmanager
+async def open_pool(name: str, settings: Settings, connection: Connection, process: str) -> AsyncIterator[ServedPool]:
+    """The pool `name` of `settings`, its client named `process`. Raises ConfigError and RedisUnavailable."""
+    pool = settings.pools[name]
+    tokenizer = await asyncio.to_thread(Tokenizer.load, pool.tokenizer or pool.model)
+    preprocessor = Preprocessor(
+        tokenizer,
+        model=name,
+        max_model_len=max_model_len(name, pool, settings.engine, tokenizer.max_model_len),
+        default_max_tokens=settings.api.default_max_tokens,
+    )
+    async with PoolClient(
+        connection,
+        name,
+        process,
+        block_size=settings.engine.mock.block_size if pool.engine == "mock" else settings.engine.torch.block_size,
+        queue=settings.queue,
+        router=settings.router,
+        lease_s=settings.worker.lease_s,
+        buffer_items=settings.api.stream_buffer_items,
+        silence_s=settings.api.silence_s,
+    ) as client:
+        yield ServedPool(name, preprocessor, client, int(time.time()))
+
+
+def max_model_len(name: str, pool: PoolSettings, engine: EngineSettings, model_says: int | None) -> int:
+    """Prompt and output tokens together, at most: what is set, bounded by what the model can."""
+    can = engine.mock.max_model_len if pool.engine == "mock" else model_says
+    if pool.max_model_len:
+        return min(pool.max_model_len, can) if can else pool.max_model_len
+    if not can:
+        raise ConfigError(f"pools.{name}.max_model_len: the model {pool.model!r} does not say its context, so set it")
+    return can

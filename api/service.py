@@ -1,0 +1,40 @@
+"""What the routes stand on: the pools that are served, and the one copy of everything they share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from api.drain import Drain
+from api.metrics import Metrics
+from pipeline.client import PoolClient
+from pipeline.config import ApiSettings
+from pipeline.errors import ModelNotFound
+from pipeline.preprocess import Preprocessor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServedPool:
+    """One pool as this process serves it; its name is the model's id."""
+
+    name: str
+    preprocessor: Preprocessor
+    client: PoolClient
+    created_s: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Service:
+    """Everything that outlives a request."""
+
+    settings: ApiSettings
+    pools: Mapping[str, ServedPool]
+    drain: Drain
+    metrics: Metrics
+
+    def pool(self, model: str) -> ServedPool:
+        """The pool of a model id. Raises ModelNotFound."""
+        pool = self.pools.get(model)
+        if pool is None:
+            raise ModelNotFound(f"model {model[:100]!r} does not exist; see /v1/models", param="model")
+        return pool

@@ -1,0 +1,92 @@
+"""Server-sent events in OpenAI's form, made from bytes that are fixed for a request and the JSON of a piece of text.
+
+What clients need (each point broke one of them): `\\n` as separator, no `id:` lines, no event without data, a comment as one line without
+a blank one behind it, and an end that says so: `[DONE]` after the answer, an error event and `[DONE]` otherwise.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from api.errors import error_json
+from pipeline.errors import BatonError
+from pipeline.protocol import FinishReason, Request
+from pipeline.stream import Usage
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n"  # with a blank line it would be an empty event to clients that have seen other fields
+
+FINISH_WORDS = {FinishReason.EOS: "stop", FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+_encode = msgspec.json.Encoder().encode
+
+
+def answer_id(request: Request) -> str:
+    """The id of an answer in OpenAI's style; made from the request's, so every reader of a request sees the same one."""
+    return f"{'chatcmpl' if is_chat(request) else 'cmpl'}-{request.id}"
+
+
+def is_chat(request: Request) -> bool:
+    """Whether the answer is a message; else it is text."""
+    return request.kind == "chat.completion"
+
+
+def text_json(text: str) -> bytes:
+    """A JSON string without any character that some client takes for the end of a line."""
+    data = _encode(text)
+    if not text.isascii():
+        for char, escaped in _LINE_ENDS:
+            data = data.replace(char, escaped)
+    return data
+
+
+def usage_fields(usage: Usage) -> dict[str, object]:
+    """Usage as OpenAI counts it."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def error_events(error: BatonError) -> bytes:
+    """The end of a stream that did not become an answer; the error has one line, as JSON always has here."""
+    return b"data: " + error_json(error) + b"\n\n" + DONE
+
+
+class Events:
+    """The events of one answer. All choices' fixed parts are made once; a piece of text costs one JSON string."""
+
+    def __init__(self, request: Request) -> None:
+        chat = is_chat(request)
+        kind = "chat.completion.chunk" if chat else "text_completion"
+        self._base = _encode(
+            {"id": answer_id(request), "object": kind, "created": request.created_s, "model": request.input.model}
+        )[:-1]
+        before, self._after_text = (
+            (b'"delta":{"content":', b'},"finish_reason":null}]}\n\n')
+            if chat
+            else (b'"text":', b',"finish_reason":null}]}\n\n')
+        )
+        self._last = b'"delta":{},' if chat else b'"text":"",'
+        choices = range(request.input.sampling_options.n)
+        self._before_text = [self._head(choice) + before for choice in choices]
+        role = b'"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+        self.opening = b"".join(self._head(choice) + role for choice in choices) if chat else b""
+
+    def text(self, choice: int, text: str) -> bytes:
+        """An event with a piece of text, which is never empty."""
+        return self._before_text[choice] + text_json(text) + self._after_text
+
+    def finish(self, choice: int, reason: FinishReason) -> bytes:
+        """The last event of a choice."""
+        return self._head(choice) + self._last + b'"finish_reason":"' + FINISH_WORDS[reason].encode() + b'"}]}\n\n'
+
+    def usage(self, usage: Usage) -> bytes:
+        """The event after the last choice for those who asked for it; it has no choices."""
+        return b"data: " + self._base + b',"choices":[],"usage":' + _encode(usage_fields(usage)) + b"}\n\n"
+
+    def _head(self, choice: int) -> bytes:
+        return b"data: " + self._base + b',"choices":[{"index":%d,' % choice
