@@ -58,10 +58,13 @@ class PoolClient:
         self._router = DisaggregatedRouter(router)
         self._subscription: Subscription | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._pool_changed = asyncio.Event()
         self.redis_error: str | None = None  # why the last background call failed; None while Redis answers
 
     async def __aenter__(self) -> PoolClient:
-        self._subscription = await self._connection.subscribe(self.queue.keys.bus(self._name))
+        self._subscription = await self._connection.subscribe(
+            self.queue.keys.bus(self._name), self.queue.keys.bell("pool")
+        )
         await self._refresh()
         self._tasks = [
             asyncio.create_task(self._receive(self._subscription), name=f"bus {self.pool}"),
@@ -151,10 +154,12 @@ class PoolClient:
     async def _receive(self, subscription: Subscription) -> None:
         """Hand out frames; does nothing else, so that one busy stream never delays the others."""
         decode = msgspec.msgpack.Decoder(list[FrameItem]).decode
-        streams = self._streams
+        streams, bell = self._streams, self.queue.keys.bell("pool")
         async for channel, data in subscription.messages():
-            if data is None:
-                self._resubscribed(channel)
+            if data is None or channel == bell:
+                self._pool_changed.set()
+                if data is None:
+                    self._resubscribed(channel)
                 continue
             try:
                 items = decode(data)
@@ -179,7 +184,7 @@ class PoolClient:
     # -- the background ---------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Each half second: renew this process, sweep, read the pool, and send silent streams to their logs."""
+        """Each half second and when the pool's bell rings: renew this process, sweep, read the pool, and send silent streams to their logs."""
         while True:
             try:
                 await self._refresh()
@@ -193,7 +198,9 @@ class PoolClient:
                 for stream in readers:
                     if stream.silent_for_s(now_s) > self._silence_s:
                         stream.fall_behind()
-            await asyncio.sleep(SNAPSHOT_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._pool_changed.wait(), SNAPSHOT_S)
+            self._pool_changed.clear()
 
     async def _refresh(self) -> None:
         await self.queue.renew("api", self._name, b"", self._lease_s)

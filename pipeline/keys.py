@@ -40,7 +40,12 @@ TABLE: dict[str, KeySpec] = {
     "bus": KeySpec("bus:{0}", "channel", "-", "frames for one API process"),
     "tok": KeySpec("tok:{0}", "channel", "-", "frames of one watched request"),
     "ctl": KeySpec("ctl:{0}", "channel", "-", "notes to one worker: cancel, free"),
-    "bell": KeySpec("bell:{0}", "channel", "-", "rings the workers of a stage"),
+    "bell": KeySpec(
+        "bell:{0}",
+        "channel",
+        "-",
+        "rings the workers of a stage; `pool` rings the clients: who lives or a setting has changed",
+    ),
 }
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -114,7 +119,7 @@ class PoolKeys:
         return self._of("ctl", worker)
 
     def bell(self, stage: str) -> str:
-        """Channel: something waits on a lane of this stage."""
+        """Channel: something waits on a lane of this stage; for `pool`: workers or settings have changed."""
         return self._of("bell", stage)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import msgspec
 
@@ -10,6 +11,7 @@ from pipeline.config import RouterSettings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
 from pipeline.keys import PoolKeys
+from pipeline.protocol import BellNote
 from pipeline.routing import PoolLoad
 
 ROLES = ("prefill", "decode", "api")
@@ -65,6 +67,12 @@ async def take_snapshot(connection: Connection, keys: PoolKeys) -> PoolSnapshot:
         settings=_text_pairs(rows[2]),
         workers={role: {name: said.get(name) or b"" for name in workers[role]} for role in ROLES},
     )
+
+
+async def change_router(connection: Connection, keys: PoolKeys, changes: Mapping[str, int]) -> None:
+    """Set router settings for all API processes; they hear the bell and read them at once."""
+    await connection.command("HSET", keys.settings(), *(word for pair in changes.items() for word in pair))
+    await connection.command("PUBLISH", keys.bell("pool"), msgspec.msgpack.encode(BellNote("pool")))
 
 
 def _living(row: list[object], now_ms: int) -> list[str]:

@@ -15,7 +15,7 @@ from pipeline.connection import Connection
 from pipeline.errors import ConfigError
 from pipeline.keys import PoolKeys
 from pipeline.settings_file import Key, Value, known_keys, nearest
-from pipeline.snapshot import take_snapshot
+from pipeline.snapshot import change_router, take_snapshot
 
 
 def show_settings(source: Given, *, as_json: bool) -> None:
@@ -74,7 +74,7 @@ async def _change(
 ) -> RouterSettings:
     keys = PoolKeys(pool)
     if changes:
-        await connection.command("HSET", keys.settings(), *(word for pair in changes.items() for word in pair))
+        await change_router(connection, keys, changes)
     return (await take_snapshot(connection, keys)).router(initial)
 
 

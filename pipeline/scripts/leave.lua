@@ -3,7 +3,7 @@
 -- ARGV: role, name
 -- Answers: 1
 -- Called twice: there is nothing left to forget.
-redis.call('ZREM', key_alive(ARGV[1]), ARGV[2])
+if redis.call('ZREM', key_alive(ARGV[1]), ARGV[2]) == 1 then ring('pool') end
 redis.call('DEL', key_worker(ARGV[2]))
 for _, stage in ipairs({'prefill', 'decode'}) do
   for _, lane in ipairs({'high', 'default', 'low', '@' .. ARGV[2]}) do

@@ -7,10 +7,11 @@ local role, name, info, lease_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('EXPIRE', key_alive(role), 86400) -- allowed when memory is full, so all that follows is
-redis.call('ZADD', key_alive(role), string.format('%.0f', now_ms + lease_ms), name)
+local is_new = redis.call('ZADD', key_alive(role), string.format('%.0f', now_ms + lease_ms), name) == 1
 redis.call('PERSIST', key_alive(role))
 redis.call('HSET', key_worker(name), 'role', role, 'info', info)
 redis.call('PEXPIRE', key_worker(name), 3 * lease_ms)
+if is_new then ring('pool') end
 local answers = {}
 for i = 5, #ARGV, 2 do
   local h = redis.call('HMGET', key_req(ARGV[i]), 'state', 'epoch', 'owner', 'stage', 'lane', 'entry')

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.client import PoolClient
 from pipeline.protocol import Request
-from pipeline.snapshot import take_snapshot
+from pipeline.snapshot import change_router, take_snapshot
 from tests.system import System, collect, request
 
 
@@ -54,6 +54,27 @@ async def test_with_only_decode_workers_everything_goes_on_locally(default_redis
         direct = await run(client, request(50))
         assert direct == tokens
         await system.until(lambda: rests(system), 10)
+
+
+async def test_router_settings_change_at_run_time_for_all_replicas(default_redis_url: str, tmp_path: Path) -> None:
+    async with System(default_redis_url, log_dir=tmp_path) as system:
+        await system.worker("prefill")
+        await system.worker("decode")
+        async with system.client("api-a") as a, system.client("api-b") as b:
+            for client in (a, b):
+                await run(client, request(100))
+            assert await system.counter("handovers") == 2
+            await change_router(system.connection, system.keys, {"max_local_prefill_length": 100})
+            await system.until(lambda: all_know(a, b), 5)
+            for client in (a, b):
+                await run(client, request(100))
+            assert await system.counter("handovers") == 2
+            await run(a, request(101))
+            assert await system.counter("handovers") == 3
+
+
+async def all_know(*clients: PoolClient) -> bool:
+    return all([(await client.snapshot()).settings for client in clients])
 
 
 async def test_a_cancelled_request_frees_its_blocks(default_redis_url: str, tmp_path: Path) -> None:
