@@ -34,7 +34,7 @@ async def open_pool(name: str, settings: Settings, connection: Connection, proce
         block_size=settings.engine.mock.block_size if pool.engine == "mock" else settings.engine.torch.block_size,
         queue=settings.queue,
         router=settings.router,
-        lease_s=settings.worker.lease_s,
+        worker=settings.worker,
         buffer_items=settings.api.stream_buffer_items,
         silence_s=settings.api.silence_s,
     ) as client:

@@ -12,7 +12,7 @@ import time
 import msgspec
 import structlog
 
-from pipeline.config import QueueSettings, RouterSettings
+from pipeline.config import QueueSettings, RouterSettings, WorkerSettings
 from pipeline.connection import Connection, Subscription
 from pipeline.errors import BatonError, QueueFull, RedisUnavailable
 from pipeline.protocol import EndItem, FrameItem, Request
@@ -38,7 +38,7 @@ class PoolClient:
         block_size: int,
         queue: QueueSettings,
         router: RouterSettings,
-        lease_s: float = 30.0,
+        worker: WorkerSettings,
         buffer_items: int = 4096,
         silence_s: float = 2.0,
     ) -> None:
@@ -49,7 +49,7 @@ class PoolClient:
         self._block_size = block_size
         self._settings = queue
         self._initial_router = router
-        self._lease_s = lease_s
+        self._worker = worker
         self._buffer_items = buffer_items
         self._silence_s = silence_s
         self._streams: dict[str, list[RequestStream]] = {}
@@ -184,10 +184,14 @@ class PoolClient:
     # -- the background ---------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Each half second and when the pool's bell rings: renew this process, sweep, read the pool, and send silent streams to their logs."""
+        """Each half second, or when the bell rings: renew, sweep, read the pool; send silent streams to their logs."""
         while True:
             try:
                 await self._refresh()
+                await self.queue.sweep(  # with no worker alive nobody else ends what is past its deadline
+                    self._name, interval_s=self._worker.sweep_s, lease_s=self._worker.lease_s,
+                    max_attempts=self._worker.max_attempts,
+                )  # fmt: skip
                 self.redis_error = None
             except BatonError as error:
                 if self.redis_error is None:
@@ -199,11 +203,12 @@ class PoolClient:
                     if stream.silent_for_s(now_s) > self._silence_s:
                         stream.fall_behind()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._pool_changed.wait(), SNAPSHOT_S)
+                async with asyncio.timeout(SNAPSHOT_S):
+                    await self._pool_changed.wait()
             self._pool_changed.clear()
 
     async def _refresh(self) -> None:
-        await self.queue.renew("api", self._name, b"", self._lease_s)
+        await self.queue.renew("api", self._name, b"", self._worker.lease_s)
         before, self._snapshot = self._snapshot, await take_snapshot(self._connection, self.queue.keys)
         self._router = DisaggregatedRouter(self._snapshot.router(self._initial_router))
         self._drained_per_s = drained_per_s(self._drained_per_s, before, self._snapshot)

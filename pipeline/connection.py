@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from importlib import resources
 from typing import Any
 
@@ -73,15 +73,16 @@ class Connection:
 
     async def _evaluate(self, script: Script, root: str, args: Sequence[Arg]) -> Any:
         if not script.sha:
-            script.sha = await self._client.script_load(script.source)
+            script.sha = await self._execute("SCRIPT", "LOAD", script.source)
         try:
             return await self._execute("EVALSHA", script.sha, 1, root, *args)
         except exceptions.NoScriptError:  # the server was restarted or flushed its scripts
-            script.sha = await self._client.script_load(script.source)
+            script.sha = await self._execute("SCRIPT", "LOAD", script.source)
             return await self._execute("EVALSHA", script.sha, 1, root, *args)
 
     async def _execute(self, *args: Arg) -> Any:
-        return await self._client.execute_command(*args)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+        with _cancellation_kept():
+            return await self._client.execute_command(*args)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
 
     async def command(self, *args: Arg) -> Any:
         """One plain command that is safe to lose. Raises `RedisUnavailable`."""
@@ -96,7 +97,8 @@ class Connection:
             async with self._client.pipeline(transaction=False) as pipe:
                 for row in rows:
                     pipe.execute_command(*row)
-                return list(await pipe.execute())
+                with _cancellation_kept():
+                    return list(await pipe.execute())
         except _LOST as error:
             raise RedisUnavailable(f"no answer from Redis to {rows[0][0]!s}: {error}") from error
 
@@ -176,6 +178,17 @@ class Subscription:
         """Close the connection; a running `messages` ends with its task. May be called twice."""
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]
         await self._client.aclose()
+
+
+@contextlib.contextmanager
+def _cancellation_kept() -> Iterator[None]:
+    """A cancellation that came while redis-py waited is raised after its call: its `asyncio.wait_for` swallows one that
+    arrives together with the end of a write (Python 3.11), and a task that was cancelled would then run for ever."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    yield
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -69,7 +69,7 @@ async def take_snapshot(connection: Connection, keys: PoolKeys) -> PoolSnapshot:
     )
 
 
-async def change_router(connection: Connection, keys: PoolKeys, changes: Mapping[str, int]) -> None:
+async def set_router(connection: Connection, keys: PoolKeys, changes: Mapping[str, int]) -> None:
     """Set router settings for all API processes; they hear the bell and read them at once."""
     await connection.command("HSET", keys.settings(), *(word for pair in changes.items() for word in pair))
     await connection.command("PUBLISH", keys.bell("pool"), msgspec.msgpack.encode(BellNote("pool")))

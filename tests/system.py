@@ -122,7 +122,7 @@ class System:
         settings = self.settings
         async with PoolClient(
             self.connection, POOL, name, block_size=settings.engine.mock.block_size, queue=settings.queue,
-            router=settings.router, lease_s=settings.worker.lease_s, silence_s=settings.api.silence_s,
+            router=settings.router, worker=settings.worker, silence_s=settings.api.silence_s,
         ) as client:  # fmt: skip
             yield client
 

@@ -38,7 +38,8 @@ class StepWriter:
     async def flushed(self, timeout_s: float) -> None:
         """Wait until everything put so far is written, at most this long."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
 
     async def run(self) -> None:
         """Write what was put, in order, until cancelled. While Redis is away it waits with what it has."""

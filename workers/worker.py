@@ -148,7 +148,8 @@ class Worker:
                 self._start(delivery)
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._bell.wait(), self._settings.sweep_s)  # a lost bell costs one interval
+                async with asyncio.timeout(self._settings.sweep_s):  # a lost bell costs one interval
+                    await self._bell.wait()
 
     async def _claim(self) -> Delivery | None:
         free = self._capacity.free_blocks()
@@ -267,7 +268,8 @@ class Worker:
     async def _keep_leases(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._renew_now.wait(), self._settings.lease_s / 4)
+                async with asyncio.timeout(self._settings.lease_s / 4):
+                    await self._renew_now.wait()
             self._renew_now.clear()
             try:
                 await self._renew()
@@ -339,7 +341,8 @@ class Worker:
         while (len(self._holdings) or self._exported) and time.monotonic() < give_up_s:
             self._bell.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._bell.wait(), 0.2)
+                async with asyncio.timeout(0.2):
+                    await self._bell.wait()
         for held in self._holdings.all():
             if held.job is not None:
                 held.job.cancel()

@@ -96,7 +96,8 @@ class Child:
         assert self._process is not None and self._lines is not None
         code = await self._process.wait()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._lines), _LAST_LINES_S)
+            async with asyncio.timeout(_LAST_LINES_S):
+                await asyncio.shield(self._lines)
         return code
 
     async def stop(self, grace_s: float) -> None:
@@ -104,7 +105,8 @@ class Child:
         if self.is_running:
             self._signal(signal.SIGTERM)
             try:
-                await asyncio.wait_for(asyncio.shield(self.ended()), grace_s)
+                async with asyncio.timeout(grace_s):
+                    await asyncio.shield(self.ended())
             except TimeoutError:
                 self._terminal.line(self.name, f"did not end within {grace_s:g} s: killed")
                 self.kill()

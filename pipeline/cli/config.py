@@ -15,7 +15,7 @@ from pipeline.connection import Connection
 from pipeline.errors import ConfigError
 from pipeline.keys import PoolKeys
 from pipeline.settings_file import Key, Value, known_keys, nearest
-from pipeline.snapshot import change_router, take_snapshot
+from pipeline.snapshot import set_router, take_snapshot
 
 
 def show_settings(source: Given, *, as_json: bool) -> None:
@@ -51,7 +51,7 @@ def show_variables(source: Given, *, as_json: bool) -> None:
 
 
 async def change_router(source: Given, pool: str | None, changes: dict[str, int], *, as_json: bool) -> None:
-    """Writes `changes` for one pool or all, then prints what holds; running APIs follow within half a second."""
+    """Writes `changes` for one pool or all, then prints what holds; running APIs follow at once."""
     settings = source.settings()
     if pool is not None and pool not in settings.pools:
         raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, settings.pools)}")
@@ -74,7 +74,7 @@ async def _change(
 ) -> RouterSettings:
     keys = PoolKeys(pool)
     if changes:
-        await change_router(connection, keys, changes)
+        await set_router(connection, keys, changes)
     return (await take_snapshot(connection, keys)).router(initial)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
 from pipeline.redis_server import RedisServer
+from tests.system import System
 
 
 async def test_a_subscription_outlives_a_redis_that_was_away_for_several_attempts(short_dir: Path) -> None:
@@ -39,3 +40,11 @@ async def test_a_subscription_outlives_a_redis_that_was_away_for_several_attempt
     await messages.aclose()
     await connection.close()
     server.stop()
+
+
+async def test_clients_that_come_and_go_together_always_leave(default_redis_url: str) -> None:
+    """Each leaving client rings the other one in the moment in which that is cancelled, too."""
+    async with System(default_redis_url) as system:
+        for _ in range(30):
+            async with asyncio.timeout(10), system.client("api-a"), system.client("api-b"):
+                await asyncio.sleep(0.01)

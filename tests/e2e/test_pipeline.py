@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.client import PoolClient
 from pipeline.protocol import Request
-from pipeline.snapshot import change_router, take_snapshot
+from pipeline.snapshot import set_router, take_snapshot
 from tests.system import System, collect, request
 
 
@@ -64,7 +64,7 @@ async def test_router_settings_change_at_run_time_for_all_replicas(default_redis
             for client in (a, b):
                 await run(client, request(100))
             assert await system.counter("handovers") == 2
-            await change_router(system.connection, system.keys, {"max_local_prefill_length": 100})
+            await set_router(system.connection, system.keys, {"max_local_prefill_length": 100})
             await system.until(lambda: all_know(a, b), 5)
             for client in (a, b):
                 await run(client, request(100))
@@ -75,6 +75,13 @@ async def test_router_settings_change_at_run_time_for_all_replicas(default_redis
 
 async def all_know(*clients: PoolClient) -> bool:
     return all([(await client.snapshot()).settings for client in clients])
+
+
+async def test_without_any_worker_a_request_waits_until_its_deadline(default_redis_url: str) -> None:
+    async with System(default_redis_url) as system, system.client() as client:
+        tokens, ended = await collect(await client.submit(request(50), deadline_s=0.7))
+        assert (ended.state, ended.stage, tokens) == ("expired", "prefill", [[]])
+        await system.until(lambda: rests(system), 10)
 
 
 async def test_a_cancelled_request_frees_its_blocks(default_redis_url: str, tmp_path: Path) -> None:
