@@ -71,10 +71,8 @@ class PagedStep:
         self.groups = self._decode_groups(ragged[:decoding])
         self.chunks = [self._chunk(row, int(end)) for row, end in zip(ragged[decoding:], ends[decoding:], strict=True)]
         last_of = dict(zip(order, ends - 1, strict=True))
-        sampling = [int(last_of[index]) for index, row in enumerate(rows) if row.draws]
-        self.sampling = self._tensor(
-            np.array(sampling, dtype=np.int64)
-        )  # typed: a step of chunks alone samples nothing
+        sampling = [last_of[index] for index, row in enumerate(rows) if row.draws]  # none in a step of chunks alone
+        self.sampling = self._tensor(np.array(sampling, dtype=np.int64))
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
@@ -194,7 +192,7 @@ class PagedStep:
         return row.start // self._size + 1
 
     def _tensor(self, values: Any) -> torch.Tensor:
-        return torch.as_tensor(values).to(self._cache.device, non_blocking=True)
+        return torch.from_numpy(np.asarray(values)).to(self._cache.device, non_blocking=True)
 
 
 def paged_attention(
