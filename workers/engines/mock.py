@@ -83,6 +83,11 @@ class MockRunner:
         self._data[target] = self._data[source]
         self._digest(np.array([target]))
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        """See `Runner.clear`."""
+        self._data[list(blocks)] = 0
+        self._digest(np.array(blocks, dtype=np.int64))
+
     def gather(self, blocks: Sequence[int], out: memoryview) -> None:
         """See `Runner.gather`."""
         target = np.frombuffer(out, dtype=np.uint64).reshape(len(blocks), *self._data.shape[1:])

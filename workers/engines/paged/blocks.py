@@ -116,6 +116,13 @@ class BlockPool:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
+    def forget(self, blocks: Iterable[int]) -> list[int]:
+        """Nobody may find these held blocks any more; returns those that are held only once."""
+        for block in blocks:
+            if block in self._hash_of:
+                del self._block_of[self._hash_of.pop(block)]
+        return [block for block in blocks if self._references[block] == 1]
+
     def check_integrity(self) -> None:
         """Raise AssertionError where the books do not add up: each block is in exactly one place, each hash in both maps."""
         free, cached = set(self._free), set(self._cached)

@@ -348,13 +348,11 @@ class PagedEngine:
             while not self._is_closed:
                 step = self._scheduler.schedule()
                 self._admit(step)
-                if not step.rows and not self._ended:
-                    if not step.preempted:  # else the queue has changed: decide again
-                        self._work.clear()
-                        await self._work.wait()
-                    continue
-                await asyncio.sleep(0)  # who waited for admission goes on before the outputs of the step appear
-                await self._take(step)
+                if step.rows or self._ended:
+                    await self._take(step)
+                elif not step.preempted:  # else the queue has changed: decide again
+                    self._work.clear()
+                    await self._work.wait()
                 while len(self._unread) >= MAX_UNREAD_STEPS and not self._is_closed:
                     self._read.clear()
                     await self._read.wait()
@@ -373,23 +371,14 @@ class PagedEngine:
                 self._counters.prefix_hit_tokens += cached_tokens
 
     async def _take(self, step: Step) -> None:
-        """Compute the step and commit it."""
+        """Compute the step and commit it. From here until it is committed no block is given back."""
         started = perf_counter()
-        samplers = [
-            row.sequence.samplers() if row.start + row.count == row.sequence.length else [] for row in step.rows
-        ]
-        rows = [
-            Row(
-                row.sequence.tokens(row.start, row.start + row.count),
-                row.start,
-                row.sequence.table,
-                [sampler.draw() for sampler in group],
-            )
-            for row, group in zip(step.rows, samplers, strict=True)
-        ]
+        samplers = [row.sequence.samplers() if row.is_last else [] for row in step.rows]
+        rows = [as_row(row, group) for row, group in zip(step.rows, samplers, strict=True)]
         self._record(step)
         self._is_computing = True
         try:
+            await asyncio.sleep(0)  # who waited for admission goes on before the outputs of the step appear
             chosen = iter(await self._runner.run(rows) if rows else [])
         finally:
             self._is_computing = False
@@ -432,6 +421,7 @@ class PagedEngine:
 
     def _take_token(self, sequence: Sequence, value: Chosen) -> LLMEngineOutput:
         if isinstance(value, RowFailure):
+            self._runner.clear(self._pool.forget(sequence.table))
             return output_of(sequence, [], FinishReason.ERROR, value.message)
         sequence.output.append(value)
         self._counters.output_tokens += 1
@@ -531,6 +521,12 @@ def describe(runner: RunnerInfo) -> EngineInfo:
         max_num_seqs=runner.max_num_seqs,
         max_num_batched_tokens=runner.max_num_batched_tokens,
     )
+
+
+def as_row(row: ScheduledRow, samplers: list[Sequence]) -> Row:
+    """The row as the runner sees it."""
+    sequence, end = row.sequence, row.start + row.count
+    return Row(sequence.tokens(row.start, end), row.start, sequence.table, [sampler.draw() for sampler in samplers])
 
 
 def output_of(

@@ -46,4 +46,5 @@ class FetchedBlocks:
 
     def scatter(self, data: memoryview) -> None:
         """See `BlockSink.scatter`."""
-        self._runner.scatter(data[self._skip * self._block_nbytes :], self._blocks[self._skip :])
+        if self._skip < len(self._blocks):
+            self._runner.scatter(data[self._skip * self._block_nbytes :], self._blocks[self._skip :])

@@ -73,6 +73,10 @@ class Runner(Protocol):
         """Copy the bytes of a block. Not called during `run`."""
         ...
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Set the bytes of these blocks to zero: what is not a number in them would spoil their next owner. Not during `run`."""
+        ...
+
     def gather(self, blocks: Sequence[int], out: memoryview) -> None:
         """Write the bytes of these blocks, in order, into `out`. Called from any thread."""
         ...

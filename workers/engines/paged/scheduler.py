@@ -25,6 +25,11 @@ class ScheduledRow:
     start: int
     count: int
 
+    @property
+    def is_last(self) -> bool:
+        """Whether it reaches the end of the sequence, so that a token follows."""
+        return self.start + self.count == self.sequence.length
+
 
 @dataclass(slots=True)
 class Step:
@@ -102,6 +107,7 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         full, partial = divmod(leader.prompt_length, self._pool.block_size)
         for follower in leader.followers:
+            follower.reached = leader.prompt_length
             own = self._pool.allocate(1) if partial else []
             if own is None:
                 self._requeue(follower)
@@ -110,7 +116,6 @@ class Scheduler:
             self._pool.share(shared)
             follower.table = shared + new_table(own)
             follower.computed = min(leader.prompt_length, follower.length - 1)
-            follower.reached = leader.prompt_length
             copies += [(leader.table[full], block) for block in own]
             self._run(follower)
         leader.followers = []

@@ -56,21 +56,23 @@ class KVCache:
 
     def gather(self, blocks: Sequence[int], out: memoryview) -> None:
         """Write these blocks, in order, into `out`."""
-        target = torch.from_numpy(np.frombuffer(out, dtype=np.uint8)).view(len(blocks), -1)
+        target = np.frombuffer(out, dtype=np.uint8).reshape(len(blocks), -1)
         if self.device.type == "cpu":
-            for block, place in zip(blocks, target, strict=True):
-                place.copy_(self._bytes[block])
+            memory = self._bytes.numpy()
+            for place, block in zip(target, blocks, strict=True):
+                place[:] = memory[block]
         else:
-            target.copy_(self._bytes.index_select(0, torch.tensor(blocks, device=self.device)))
+            gathered = self._bytes.index_select(0, torch.tensor(blocks, device=self.device))
+            torch.from_numpy(target).copy_(gathered)
 
     def scatter(self, data: memoryview, blocks: Sequence[int]) -> None:
-        """Fill these blocks, in order, from `data`."""
-        if not blocks:
-            return
-        source = torch.from_numpy(np.frombuffer(data, dtype=np.uint8)).view(len(blocks), -1)
+        """Fill these blocks, in order, from `data`, which may be read-only."""
+        source = np.frombuffer(data, dtype=np.uint8).reshape(len(blocks), -1)
         if self.device.type == "cpu":
-            for block, piece in zip(blocks, source, strict=True):
-                self._bytes[block].copy_(piece)
+            memory = self._bytes.numpy()
+            for piece, block in zip(source, blocks, strict=True):
+                memory[block] = piece
         else:
-            self._bytes.index_copy_(0, torch.tensor(blocks, device=self.device), source.to(self.device))
+            pieces = torch.from_numpy(source.copy()).to(self.device)
+            self._bytes.index_copy_(0, torch.tensor(blocks, device=self.device), pieces)
             torch.cuda.synchronize(self.device)

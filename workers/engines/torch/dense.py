@@ -62,6 +62,7 @@ class DenseGroup:
             for block, place in zip(row.table, range(0, row.start, size), strict=False):
                 count = min(size, row.start - place)
                 self.copies[:, :, index, :, place : place + count] = cache.blocks[block, :, :, :, :count]
+            self.copies[:, :, index, :, row.start :] = 0  # masked out, but what is not a number would pass any mask
 
 
 class DenseMemory:

@@ -25,6 +25,7 @@ def load_model(name: str, settings: TorchSettings, max_model_len: int) -> Any:
     """
     place = str(builtin_model_path()) if name == BUILTIN_MODEL else name
     device = resolve_device(settings.device)
+    transformers.utils.logging.disable_progress_bar()
     transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
     try:
         config = transformers.AutoConfig.from_pretrained(place)

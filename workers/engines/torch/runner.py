@@ -46,6 +46,10 @@ class TorchRunner:
         """See `Runner.copy_block`."""
         self._cache.copy(source, target)
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        """See `Runner.clear`."""
+        self._cache.clear(blocks)
+
     def gather(self, blocks: Sequence[int], out: memoryview) -> None:
         """See `Runner.gather`."""
         self._cache.gather(blocks, out)
