@@ -127,7 +127,9 @@ class TorchRunner:
         try:
             for start, end in ((0, half), (half, last), (last, len(tokens))):
                 paged = self._forward([Row(tokens[start:end], start, table, [draw])])
-        except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        except Unservable:
+            raise
+        except Exception as error:  # code of a model that we do not know
             raise Unservable(f"model {self._pool.model}: it does not run on paged attention: {error}") from error
         self._cache.clear(table)
         assert paged is not None
