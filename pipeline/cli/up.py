@@ -166,6 +166,8 @@ class Up:
     async def _start_redis(self, group: asyncio.TaskGroup) -> None:
         if self._url:
             self._say("using the Redis of the settings")
+            async with self._connection() as connection:
+                await connection.command("PING")
             return
         settings = self._settings.redis
         program = find_server()
