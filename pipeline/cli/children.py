@@ -43,8 +43,8 @@ class Terminal:
         if self._held is not None:
             self._held.append((name, text))
             return
-        prefix = Text(f"{name:<{self._width}} | ", style=self._colours.get(name, "bold"))
-        self._console.print(prefix + Text.from_ansi(text))
+        prefix = (f"{name:<{self._width}} | ", self._colours[name])
+        self._console.print(Text.assemble(prefix, Text.from_ansi(text)))
 
     def write(self, text: str) -> None:
         """Prints a piece of text as it is, without a line end."""
