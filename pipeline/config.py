@@ -5,9 +5,16 @@ Defaults live here once; `config.toml` repeats every key with its default and a 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=1)]
+Amount = Annotated[int, Meta(ge=0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -20,7 +27,7 @@ class RedisSettings(Section, frozen=True, kw_only=True):
     url: str = ""  # empty: a private server is started by `baton up`
     run_dir: str = "run"  # where the private server keeps its socket and files
     appendfsync: Literal["everysec", "always"] = "everysec"
-    timeout_s: float = 5.0  # longest wait for one answer
+    timeout_s: Positive = 5.0  # longest wait for one answer
 
 
 class PoolSettings(Section, frozen=True, kw_only=True):
@@ -29,49 +36,49 @@ class PoolSettings(Section, frozen=True, kw_only=True):
     model: str = "baton-tiny"  # the built-in model, a folder, or a hub id
     engine: Literal["torch", "mock"] = "torch"
     tokenizer: str = ""  # empty: the model's own
-    max_model_len: int = 0  # 0: what the model says
+    max_model_len: Amount = 0  # 0: what the model says
 
 
 class ApiSettings(Section, frozen=True, kw_only=True):
     """`[api]`"""
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    body_limit_bytes: int = 4_194_304
-    headers_after_s: float = 5.0
-    ping_s: float = 15.0
-    send_timeout_s: float = 30.0
-    shutdown_grace_s: float = 20.0
-    default_max_tokens: int = 512
-    stream_buffer_items: int = 4096  # live items kept for one slow reader before it is sent to the token log
-    silence_s: float = 2.0  # a stream without a frame for this long reads state and log
+    port: Port = 8000
+    body_limit_bytes: Count = 4_194_304
+    headers_after_s: NotNegative = 5.0
+    ping_s: Positive = 15.0
+    send_timeout_s: Positive = 30.0
+    shutdown_grace_s: NotNegative = 20.0
+    default_max_tokens: Count = 512
+    stream_buffer_items: Count = 4096  # live items kept for one slow reader before it is sent to the token log
+    silence_s: Positive = 2.0  # a stream without a frame for this long reads state and log
 
 
 class RouterSettings(Section, frozen=True, kw_only=True):
     """`[router]`: initial values; changed at run time with `baton config set-router`."""
 
-    max_local_prefill_length: int = 0
-    max_prefill_queue_size: int = 1_000_000
+    max_local_prefill_length: Amount = 0
+    max_prefill_queue_size: Amount = 1_000_000
 
 
 class QueueSettings(Section, frozen=True, kw_only=True):
     """`[queue]`: admission and life of requests."""
 
-    max_waiting_tasks: int = 100_000  # a lane
-    max_waiting_tokens: int = 100_000_000  # queued prompt tokens a lane
-    deadline_s: float = 600.0
-    result_ttl_s: float = 600.0  # how long an ended request can be read
-    overtake_ms: int = 2000  # longest that a task which does not fit is passed over
+    max_waiting_tasks: Amount = 100_000  # a lane
+    max_waiting_tokens: Amount = 100_000_000  # queued prompt tokens a lane
+    deadline_s: Positive = 600.0
+    result_ttl_s: Positive = 600.0  # how long an ended request can be read
+    overtake_ms: Amount = 2000  # longest that a task which does not fit is passed over
 
 
 class WorkerSettings(Section, frozen=True, kw_only=True):
     """`[worker]`"""
 
-    lease_s: float = 30.0
-    sweep_s: float = 0.5
-    drain_s: float = 60.0
-    stall_s: float = 60.0  # an engine whose step counter stands still this long while it has work is replaced
-    max_attempts: int = 3  # deliveries without progress before a task is dead-lettered
+    lease_s: Positive = 30.0
+    sweep_s: Positive = 0.5
+    drain_s: NotNegative = 60.0
+    stall_s: Positive = 60.0  # an engine whose step counter stands still this long while it has work is replaced
+    max_attempts: Count = 3  # deliveries without progress before a task is dead-lettered
 
 
 class TorchSettings(Section, frozen=True, kw_only=True):
@@ -79,29 +86,29 @@ class TorchSettings(Section, frozen=True, kw_only=True):
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, the model's on CUDA
-    block_size: int = 16
-    num_blocks: int = 1024
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    block_size: Count = 16
+    num_blocks: Count = 1024
+    max_num_seqs: Count = 64
+    max_num_batched_tokens: Count = 512
     prefix_cache: bool = True
-    threads: int = 1  # CPU threads of the engine
+    threads: Count = 1  # CPU threads of the engine
 
 
 class MockSettings(Section, frozen=True, kw_only=True):
     """`[engine.mock]`: time = base + per-token terms, in milliseconds; all zero is an instant engine."""
 
-    block_size: int = 16
-    num_blocks: int = 4096
-    block_nbytes: int = 4096
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    max_model_len: int = 32768
+    block_size: Count = 16
+    num_blocks: Count = 4096
+    block_nbytes: Count = 4096
+    max_num_seqs: Count = 256
+    max_num_batched_tokens: Count = 8192
+    max_model_len: Count = 32768
     prefix_cache: bool = True
-    vocab_size: int = 2048
-    prefill_base_ms: float = 5.0
-    prefill_token_ms: float = 0.02
-    decode_base_ms: float = 5.0
-    decode_seq_ms: float = 0.05
+    vocab_size: Count = 2048
+    prefill_base_ms: NotNegative = 5.0
+    prefill_token_ms: NotNegative = 0.02
+    decode_base_ms: NotNegative = 5.0
+    decode_seq_ms: NotNegative = 0.05
 
 
 class EngineSettings(Section, frozen=True, kw_only=True):
@@ -115,8 +122,8 @@ class TransferSettings(Section, frozen=True, kw_only=True):
     """`[transfer]`"""
 
     kind: Literal["shm"] = "shm"
-    arena_bytes: int = 268_435_456  # shared memory of one prefill worker
-    slab_bytes: int = 65_536
+    arena_bytes: Count = 268_435_456  # shared memory of one prefill worker
+    slab_bytes: Count = 65_536
     dir: str = "/dev/shm"
     verify: bool = False  # content digest in each handle
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import tomllib
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -178,7 +179,10 @@ def _checked(pairs: Iterable[tuple[str, Any]], pools: list[str], source: str, *,
 def _converted(key: Key, value: Any, where: str, *, strict: bool) -> Any:
     """`value` as the field's type; text from variables and flags is read as the number or truth value it spells."""
     try:
-        return msgspec.convert(value, key.type, strict=strict)
+        converted = msgspec.convert(value, key.type, strict=strict)
+        if isinstance(converted, float) and not math.isfinite(converted):
+            raise msgspec.ValidationError("not finite")
+        return converted
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: expected {_type_words(key.type)}, got {value!r}") from error
 
@@ -186,6 +190,10 @@ def _converted(key: Key, value: Any, where: str, *, strict: bool) -> Any:
 def _type_words(type_: Any) -> str:
     if typing.get_origin(type_) is Literal:
         return "one of " + ", ".join(typing.get_args(type_))
+    if typing.get_origin(type_) is Annotated:
+        plain, meta = typing.get_args(type_)
+        bounds = {"of at least": meta.ge, "above": meta.gt, "and at most": meta.le}
+        return " ".join([_type_words(plain), *(f"{word} {b}" for word, b in bounds.items() if b is not None)])
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[type_]
 
 

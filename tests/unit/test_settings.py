@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,14 @@ def test_a_variable_wins_over_the_file_and_a_flag_over_both(tmp_path):
 def test_every_key_can_be_set_by_its_variable_and_by_a_flag():
     spelled = {bool: "true", int: "7", float: "7.5", str: "text"}
     for key in known_keys(["baton-tiny"]):
-        text = spelled.get(key.type) or key.type.__args__[0]
+        plain = typing.get_args(key.type)[0] if typing.get_origin(key.type) is typing.Annotated else key.type
+        text = spelled.get(plain) or typing.get_args(plain)[0]
         for values in (
             collect_values(None, {key.env: text}, []),
             collect_values(None, {}, [f"{key.path}={text}"]),
         ):
             assert str(values[key.path].value).lower() == text
-            assert type(values[key.path].value) is (key.type if key.type in spelled else str)
+            assert type(values[key.path].value) is (plain if plain in spelled else str)
 
 
 def test_no_two_keys_share_a_variable():
@@ -97,13 +99,28 @@ def test_a_flag_can_add_a_pool():
             [],
             "{file}: pools.a{{b}}: a pool's name is 1 to 64 letters, digits, dots, _ and -",
         ),
-        ("[api]\nport = '8000'", {}, [], "{file}: api.port: expected a whole number, got '8000'"),
-        ("[api]\nport = true", {}, [], "{file}: api.port: expected a whole number, got True"),
+        (
+            "[api]\nport = '8000'",
+            {},
+            [],
+            "{file}: api.port: expected a whole number of at least 0 and at most 65535, got '8000'",
+        ),
+        (
+            "[api]\nport = true",
+            {},
+            [],
+            "{file}: api.port: expected a whole number of at least 0 and at most 65535, got True",
+        ),
         ("[log]\nlevel = 'loud'", {}, [], "{file}: log.level: expected one of debug, info, warning, error, got 'loud'"),
         ("api = 1", {}, [], "{file}: unknown key api: it is a section, [api]"),
         ("[api", {}, [], "{file}: is not TOML: Expected ']' at the end of a table declaration (at end of document)"),
         ("", {"BATON_API_PROT": "1"}, [], "environment: unknown variable BATON_API_PROT; did you mean BATON_API_PORT?"),
-        ("", {"BATON_API_PORT": "x"}, [], "environment: BATON_API_PORT: expected a whole number, got 'x'"),
+        (
+            "",
+            {"BATON_API_PORT": "x"},
+            [],
+            "environment: BATON_API_PORT: expected a whole number of at least 0 and at most 65535, got 'x'",
+        ),
         (
             "",
             {"BATON_TRANSFER_VERIFY": "maybe"},
@@ -112,7 +129,20 @@ def test_a_flag_can_add_a_pool():
         ),
         ("", {}, ["api.prot=1"], "--set: unknown key api.prot; did you mean api.port?"),
         ("", {}, ["api.port"], "--set api.port: expected KEY=VALUE, such as api.port=8001"),
-        ("", {}, ["worker.lease_s=soon"], "--set: worker.lease_s: expected a number, got 'soon'"),
+        (
+            "",
+            {},
+            ["api.port=70000"],
+            "--set: api.port: expected a whole number of at least 0 and at most 65535, got '70000'",
+        ),
+        (
+            "[engine.torch]\nblock_size = 0",
+            {},
+            [],
+            "{file}: engine.torch.block_size: expected a whole number of at least 1, got 0",
+        ),
+        ("[worker]\nlease_s = inf", {}, [], "{file}: worker.lease_s: expected a number above 0, got inf"),
+        ("", {}, ["worker.lease_s=soon"], "--set: worker.lease_s: expected a number above 0, got 'soon'"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_source(tmp_path, toml, env, flags, message):
