@@ -1,6 +1,7 @@
 """Prints the lines of requirements.lock: what pip would install for Baton and its extras on an empty machine, pinned.
 
 The local part of a version ("+cpu") is left out: it says which build of PyTorch was found, and the Makefile chooses that.
+Run it with the oldest Python 3.11 that counts (Debian has 3.11.2, for which redis needs async-timeout).
 Markers of direct requirements are kept, so that a platform without a wheel skips what is optional there.
 """
 
