@@ -47,7 +47,7 @@ class Preprocessor:
                 f"model {self.model!r} has no chat template, so it takes no messages: use /v1/completions",
                 param="messages",
             )
-        text = self.tokenizer.render(messages, **(template_variables or {}))
+        text = self.tokenizer.render(messages, template_variables or {})
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         return self._assemble(request_id, token_ids, wanted, param="messages")
 

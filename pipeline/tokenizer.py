@@ -9,6 +9,7 @@ Then the text of a sequence is the UTF-8 decoding of the joined bytes, and detok
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ class Tokenizer:
         config, generation_config = config or {}, generation_config or {}
         self._hf = hf
         self._backend: TokenizerBackend = hf.backend_tokenizer
+        parameters = inspect.signature(hf.apply_chat_template).parameters  # a client's template could loop for ever
+        self._reserved = frozenset([*parameters, *hf.special_tokens_map, "messages"])
         self._tables: dict[bool, list[bytes] | None] = {}
         self.eos_token_ids: list[int] = _eos_token_ids(hf, config, generation_config)
         self.vocab_size: int = _model_value(config, "vocab_size") or self._backend.get_vocab_size(
@@ -74,11 +77,16 @@ class Tokenizer:
         """Whether the model can be talked to in messages."""
         return self._hf.chat_template is not None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The prompt that the model's chat template makes of `messages`. Raises InvalidRequest where the template refuses them."""
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """The prompt that the model's chat template makes of `messages`; `variables` are the template's own, such as
+        `enable_thinking`. Raises InvalidRequest where the template refuses the messages, or a variable is not the client's to set.
+        """
+        reserved = sorted(self._reserved & variables.keys())
+        if reserved:
+            raise InvalidRequest(f"{reserved[0]} cannot be set", param=f"chat_template_kwargs.{reserved[0]}")
         try:
             text: str = self._hf.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+                list(messages), tokenize=False, add_generation_prompt=True, **variables
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(

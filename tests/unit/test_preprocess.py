@@ -86,6 +86,15 @@ def test_a_template_that_refuses_is_a_bad_request() -> None:
     assert caught.value.param == "messages"
 
 
+@pytest.mark.parametrize("name", ["chat_template", "messages", "tokenize", "add_generation_prompt", "eos_token"])
+def test_a_client_sets_only_the_templates_own_variables(name: str) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    preprocessor().chat("id", messages, wants(), template_variables={"enable_thinking": False})
+    with pytest.raises(InvalidRequest) as caught:
+        preprocessor().chat("id", messages, wants(), template_variables={name: "{{ 1 }}"})
+    assert caught.value.param == f"chat_template_kwargs.{name}"
+
+
 def test_a_model_without_template_takes_no_messages() -> None:
     with pytest.raises(InvalidRequest, match="/v1/completions"):
         preprocessor("word_piece").chat("id", [{"role": "user", "content": "x"}], wants())

@@ -1,0 +1,188 @@
+"""Request bodies: what is wrong is named by its path, what is not given is default, what cannot be honoured is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from api.bodies import chat_body, completion_body, single_prompt, template_messages, wanted
+from pipeline.errors import InvalidRequest
+from pipeline.preprocess import Wanted
+
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+def chat(**fields: Any) -> bytes:
+    return json.dumps({"model": "m", "messages": HELLO} | fields).encode()
+
+
+def completion(**fields: Any) -> bytes:
+    return json.dumps({"model": "m", "prompt": "hi"} | fields).encode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": 1}, "model"),
+        ({"model": None}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [*HELLO, {"role": "tool", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_completion_tokens": -3}, "max_completion_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 1000}, "n"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 10**30}, "seed"),
+        ({"stop": ["a", 3]}, "stop[1]"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": "a" * 257}, "stop"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids[0]"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"tools": [{}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"frequency_penalty": -1}, "frequency_penalty"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"audio": {}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"guided_json": {}}, "guided_json"),
+    ],
+)
+def test_a_wrong_chat_field_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat_body(chat(**fields))
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": [1, 2.5]}, "prompt[1]"),
+        ({"prompt": [[1, "a"]]}, "prompt[0][1]"),
+        ({"best_of": 2}, "best_of"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+    ],
+)
+def test_a_wrong_completion_field_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        completion_body(completion(**fields))
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"5",
+        b'"x"',
+        b'{"model"',
+        b"\xff\xfe",
+        b'{"model":"\xff"}',
+        b"[" * 50_000,
+        b'{"a":NaN}',
+    ],
+)
+def test_what_is_no_json_object_is_refused_without_a_path(raw: bytes) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat_body(raw)
+    assert caught.value.param is None
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("raw", [b'{"model":"\\ud800","messages":[]}', chat(user="x" * 10_000, n="y" * 100_000)])
+def test_messages_do_not_echo_at_length(raw: bytes) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat_body(raw)
+    assert len(str(caught.value)) < 300
+
+
+def test_unknown_fields_are_ignored_and_null_is_not_given() -> None:
+    fields = [
+        "max_tokens", "max_completion_tokens", "stop", "seed", "n", "temperature", "top_p", "stream", "stream_options",
+        "logprobs", "top_logprobs", "tools", "tool_choice", "response_format", "logit_bias", "presence_penalty",
+        "frequency_penalty", "user", "metadata", "store", "service_tier",
+    ]  # fmt: skip
+    body = chat_body(chat(**dict.fromkeys(fields), whatever={"a": 1}))
+    assert wanted(body) == Wanted() == wanted(chat_body(chat()))
+
+
+def test_values_that_ask_for_nothing_are_welcome() -> None:
+    chat_body(
+        chat(
+            tools=[], tool_choice="auto", response_format={"type": "text"}, logprobs=False, top_logprobs=0, logit_bias={},
+            presence_penalty=0.0, frequency_penalty=0, repetition_penalty=1.0, min_p=0, modalities=["text"],
+        )
+    )  # fmt: skip
+    completion_body(completion(best_of=2, n=2, echo=False, suffix="", logprobs=None))
+
+
+def test_what_is_wanted_reaches_the_pipeline() -> None:
+    body = chat_body(
+        chat(
+            max_tokens=7, max_completion_tokens=5, stop="x", seed=-3, n=2, temperature=0, top_p=0.5, top_k=-1, min_tokens=2,
+            stop_token_ids=[9], ignore_eos=True, skip_special_tokens=False, include_stop_str_in_output=True,
+        )
+    )  # fmt: skip
+    found = wanted(body)
+    assert (found.stop.max_tokens, found.stop.stop, found.stop.min_tokens) == (5, ["x"], 2)
+    assert (found.stop.stop_token_ids, found.stop.ignore_eos) == ([9], True)
+    sampling = found.sampling
+    assert (sampling.n, sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (2, 0.0, 0.5, 0, -3)
+    assert sampling.include_stop_str_in_output
+    assert not found.output.skip_special_tokens
+
+
+def test_messages_reach_the_template_as_text() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": "x"}, {"role": "user", "content": parts, "name": "Ann"}]
+    assert template_messages(chat_body(chat(messages=messages))) == [
+        {"role": "system", "content": "x"},
+        {"role": "user", "content": "a\nb", "name": "Ann"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "single"), [("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([], []), ([5], [5])]
+)
+def test_one_prompt_is_taken_in_each_of_openais_forms(prompt: Any, single: Any) -> None:
+    assert single_prompt(completion_body(completion(prompt=prompt))) == single
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], ["a", [1]], [1, "a"]])
+def test_several_prompts_are_several_requests(prompt: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        single_prompt(completion_body(completion(prompt=prompt)))
+    assert caught.value.param == "prompt"

@@ -1,0 +1,160 @@
+"""The bytes of a stream: what every client of the chat API must be able to read."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.errors import TABLE, error_json, error_of_end, error_response, row_of
+from api.sse import DONE, PING, Events, error_events, text_json
+from pipeline.errors import (
+    BatonError,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EngineDied,
+    InvalidRequest,
+    QueueFull,
+    RequestFailed,
+)
+from pipeline.protocol import BackendInput, FinishReason, Request, SamplingOptions, StopConditions, Timeline
+from pipeline.stream import Ended, Usage
+
+ID = "tiny-AAAAAAAAAAAAAAAAAAAAAA"
+
+
+def events(kind: str = "chat.completion", n: int = 1) -> Events:
+    body = BackendInput(
+        request_id=ID,
+        model="tiny",
+        token_ids=[1],
+        stop_conditions=StopConditions(max_tokens=1),
+        sampling_options=SamplingOptions(n=n),
+    )
+    return Events(Request(id=ID, kind=kind, created_s=1_795_345_812, input=body))
+
+
+def parse(data: bytes) -> list[object]:
+    """The JSON of each event; the bytes must be nothing but `data:` lines, each followed by a blank one."""
+    assert data.endswith(b"\n\n")
+    lines = data[:-2].split(b"\n\n")
+    assert all(line.startswith(b"data: ") and b"\n" not in line and b"\r" not in line for line in lines)
+    assert all(line != b"data: " for line in lines)
+    return [json.loads(line.removeprefix(b"data: ")) for line in lines if line != b"data: [DONE]"]
+
+
+def chunk(**fields: object) -> dict[str, object]:
+    head = {"id": f"chatcmpl-{ID}", "object": "chat.completion.chunk", "created": 1_795_345_812, "model": "tiny"}
+    return head | fields
+
+
+def test_chat_chunks_have_openais_order_and_fields() -> None:
+    made = events(n=2)
+    opening = [
+        chunk(choices=[{"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+        for i in (0, 1)
+    ]
+    assert parse(made.opening) == opening
+    text = chunk(choices=[{"index": 1, "delta": {"content": 'a "b"\n'}, "finish_reason": None}])
+    assert parse(made.text(1, 'a "b"\n')) == [text]
+    assert parse(made.finish(0, FinishReason.EOS)) == [
+        chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
+    ]
+    usage = {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+    assert parse(made.usage(Usage(3, 4, 2))) == [chunk(choices=[], usage=usage)]
+
+
+def test_completion_chunks_carry_text() -> None:
+    made = events("text_completion")
+    assert made.opening == b""
+    (text,) = parse(made.text(0, "é"))
+    assert text == {
+        "id": f"cmpl-{ID}",
+        "object": "text_completion",
+        "created": 1_795_345_812,
+        "model": "tiny",
+        "choices": [{"index": 0, "text": "é", "finish_reason": None}],
+    }
+    (finish,) = parse(made.finish(0, FinishReason.LENGTH))
+    assert finish["choices"] == [{"index": 0, "text": "", "finish_reason": "length"}]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("reason", "word"), [(FinishReason.EOS, "stop"), (FinishReason.STOP, "stop"), (FinishReason.LENGTH, "length")]
+)
+def test_finish_reasons_are_openais(reason: FinishReason, word: str) -> None:
+    assert f'"finish_reason":"{word}"'.encode() in events().finish(0, reason)
+
+
+@given(st.text())
+def test_text_is_json_in_one_line_for_every_client(text: str) -> None:
+    data = text_json(text)
+    assert json.loads(data) == text
+    assert len(data.decode().splitlines()) == 1  # httpx and requests split at more than \n
+
+
+def test_unusual_line_ends_reach_a_client_that_splits_lines() -> None:
+    text = "a\u2028b\u2029c\x85d\x0be\x1cf"
+    body = events().text(0, text) + DONE
+    lines = [line for line in httpx.Response(200, content=body).iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["delta"]["content"] == text
+
+
+def test_a_ping_is_one_line_and_no_event() -> None:
+    assert PING == b": ping\n"
+
+
+def test_an_error_ends_a_stream_with_an_event_and_done() -> None:
+    data = error_events(DeadlineExceeded("too\nlate", stage="prefill"))
+    assert data.endswith(b"\n\n" + DONE)
+    (error,) = parse(data)
+    assert error == {"error": {"message": "too\nlate", "type": "timeout_error", "param": None, "code": "queue_timeout"}}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "headers"),
+    [
+        (InvalidRequest("x", param="n"), 400, {}),
+        (ContextLengthExceeded("x", param="prompt"), 400, {}),
+        (InvalidRequest("x", code="body_too_large"), 413, {}),
+        (QueueFull("x", retry_after_s=2.3), 503, {"retry-after": "3"}),
+        (DeadlineExceeded("x", stage="decode"), 504, {}),
+        (RequestFailed("x"), 500, {"x-should-retry": "false"}),
+        (EngineDied("x"), 500, {}),
+        (BatonError("x"), 500, {"x-should-retry": "false"}),
+    ],
+)
+def test_errors_have_the_status_of_the_table(error: BatonError, status: int, headers: dict[str, str]) -> None:
+    response = error_response(error)
+    assert response.status_code == status
+    assert {
+        name: response.headers[name] for name in ("retry-after", "x-should-retry") if name in response.headers
+    } == headers
+    body = json.loads(response.body)["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    assert body["code"] == error.code
+
+
+def test_messages_are_bounded() -> None:
+    assert len(error_json(InvalidRequest("x" * 100_000))) < 1000
+
+
+@pytest.mark.parametrize(
+    ("state", "status"), [("expired", 504), ("cancelled", 499), ("failed", 500), ("dead", 500), ("done", 500)]
+)
+def test_an_end_that_is_no_answer_is_an_error(state: str, status: int) -> None:
+    error = error_of_end(Ended(state, "why", Usage(1, 0, 0), "prefill", Timeline()))
+    assert row_of(error).status == status
+
+
+def test_every_status_of_the_table_is_an_error() -> None:
+    assert all(400 <= row.status < 600 for row in TABLE.values())
