@@ -78,7 +78,8 @@ class Up:
                 if self._reader.done():
                     pytest.fail(f"ended without saying {pattern!r}:\n{self.output}")
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._grown.wait(), 1)
+                    async with asyncio.timeout(1):
+                        await self._grown.wait()
         return match
 
     async def ended(self) -> int:
