@@ -14,6 +14,7 @@ from benchmarks.table import print_rows
 NAMES = {
     "hops": "empty-pipeline hop times",
     "api": "the API half of a stream",
+    "cancel": "how soon blocks are free when a client has gone (reference: the limit)",
     "system": "tokens per second and CPU a token",
     "engine": "torch engine beside Hugging Face generate",
     "transfer": "transfer beside plain copies",
