@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Awaitable, Callable
 
 import msgspec
 import structlog
@@ -67,8 +68,8 @@ class PoolClient:
         )
         await self._refresh()
         self._tasks = [
-            asyncio.create_task(self._receive(self._subscription), name=f"bus {self.pool}"),
-            asyncio.create_task(self._watch(), name=f"watch {self.pool}"),
+            asyncio.create_task(self._keep(self._receive), name=f"bus {self.pool}"),
+            asyncio.create_task(self._keep(self._watch), name=f"watch {self.pool}"),
         ]
         return self
 
@@ -134,7 +135,8 @@ class PoolClient:
             await self.queue.cancel(request_id, reason)
 
         stream = RequestStream(
-            request_id, choices, buffer_items=self._buffer_items, read=read, cancel=cancel, forget=self._forget
+            request_id, choices, buffer_items=self._buffer_items, patience_s=self._settings.deadline_s,
+            read=read, cancel=cancel, forget=self._forget,
         )  # fmt: skip
         self._streams.setdefault(request_id, []).append(stream)
         return stream
@@ -151,11 +153,21 @@ class PoolClient:
 
     # -- the bus --------------------------------------------------------------------------------------------------------
 
-    async def _receive(self, subscription: Subscription) -> None:
+    async def _keep(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Background work goes on whatever happens: without it every stream would hang."""
+        while True:
+            try:
+                await work()
+            except Exception as error:  # a mistake of ours; said with its stack, and not the end of all streams
+                log.exception("background work failed, starting it again", pool=self.pool, error=str(error))
+            await asyncio.sleep(1.0)
+
+    async def _receive(self) -> None:
         """Hand out frames; does nothing else, so that one busy stream never delays the others."""
         decode = msgspec.msgpack.Decoder(list[FrameItem]).decode
         streams, bell = self._streams, self.queue.keys.bell("pool")
-        async for channel, data in subscription.messages():
+        assert self._subscription is not None
+        async for channel, data in self._subscription.messages():
             if data is None or channel == bell:
                 self._pool_changed.set()
                 if data is None:

@@ -25,6 +25,8 @@ from pipeline.keys import lua_prelude
 
 _LOST = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError, OSError)
 
+MAX_CONNECTIONS = 32
+
 Arg = str | bytes | int | float
 
 
@@ -45,6 +47,7 @@ class Connection:
     def __init__(self, settings: RedisSettings) -> None:
         self._settings = settings
         self._client = _client(settings, settings.timeout_s)
+        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)  # more calls than that wait for one another, they do not fail
         self._subscriptions: list[Subscription] = []
 
     async def call(self, script: Script, root: str, *args: Arg, waits_for_memory: bool = True) -> Any:
@@ -81,8 +84,9 @@ class Connection:
             return await self._execute("EVALSHA", script.sha, 1, root, *args)
 
     async def _execute(self, *args: Arg) -> Any:
-        with _cancellation_kept():
-            return await self._client.execute_command(*args)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+        async with self._slots:
+            with _cancellation_kept():
+                return await self._client.execute_command(*args)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
 
     async def command(self, *args: Arg) -> Any:
         """One plain command that is safe to lose. Raises `RedisUnavailable`."""
@@ -94,7 +98,7 @@ class Connection:
     async def commands(self, *rows: Sequence[Arg]) -> list[Any]:
         """Several plain commands in one round trip, not atomic. Raises `RedisUnavailable`."""
         try:
-            async with self._client.pipeline(transaction=False) as pipe:
+            async with self._slots, self._client.pipeline(transaction=False) as pipe:
                 for row in rows:
                     pipe.execute_command(*row)
                 with _cancellation_kept():

@@ -61,11 +61,22 @@ class Delivery:
     prompt_tokens: int
     log: Log
 
+    @property
+    def key(self) -> str:
+        """The name of this delivery: a worker may get a request twice, and late outputs of the first are not the second's."""
+        return delivery_key(self.id, self.epoch)
+
+
+def delivery_key(request_id: str, epoch: int) -> str:
+    """The name of one delivery of a request."""
+    return f"{request_id}@{epoch}"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepItem:
-    """One output as the step script takes it; `api` says which process streams it."""
+    """One output as the step script takes it; `api` says which process streams it. The output's own id names the delivery."""
 
+    request_id: str
     api: str
     epoch: int
     output: LLMEngineOutput
@@ -184,7 +195,7 @@ class PoolQueue:
         for output in outputs:
             tokens = pack_tokens(output.token_ids)
             reason = output.finish_reason or ""
-            items += (output.choice, output.index, tokens, reason, self.frame_item(output, tokens))
+            items += (output.choice, output.index, tokens, reason, self.frame_item(delivery.id, output, tokens))
         handle = (self._encode(kv), kv.id, kv.owner) if kv else (b"", "", "")
         answer = await self._call("handover", delivery.id, delivery.epoch, worker, lane, *handle, cached_tokens, *items)
         return _verdict(answer), answer[1].decode() if len(answer) > 1 else ""
@@ -206,18 +217,16 @@ class PoolQueue:
                 output = item.output
                 tokens = pack_tokens(output.token_ids)
                 reason = output.finish_reason or ""
-                args += (output.request_id, item.epoch, output.choice, output.index, tokens, reason)
-                args.append(self.frame_item(output, tokens))
+                args += (item.request_id, item.epoch, output.choice, output.index, tokens, reason)
+                args.append(self.frame_item(item.request_id, output, tokens))
             answers = await self._call("step", api, *args)
             for position, answer in zip(positions, answers, strict=True):
                 verdicts[position] = Verdict(answer)
         return verdicts
 
-    def frame_item(self, output: LLMEngineOutput, tokens: bytes) -> bytes:
+    def frame_item(self, request_id: str, output: LLMEngineOutput, tokens: bytes) -> bytes:
         """An output as an item of a frame."""
-        return self._encode(
-            TokenItem(output.request_id, output.choice, output.index, tokens, output.finish_reason or "")
-        )
+        return self._encode(TokenItem(request_id, output.choice, output.index, tokens, output.finish_reason or ""))
 
     async def hand_back(self, delivery: Delivery, worker: str, *, counts: bool, max_attempts: int, why: str) -> str:
         """Give a task back unfinished. Returns parked, dead, fenced or ended."""

@@ -8,9 +8,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 
 import msgspec
+import structlog
 
+from pipeline.errors import RedisUnavailable
 from pipeline.protocol import EndItem, FinishReason, Timeline, TokenItem, unpack_tokens
 from pipeline.queue import ENDED_STATES, Standing
+
+log = structlog.get_logger("baton.stream")
+
+READ_AGAIN_S = 0.2
 
 
 class TokenChunk(msgspec.Struct, frozen=True):
@@ -43,7 +49,8 @@ class Ended(msgspec.Struct, frozen=True):
 class RequestStream:
     """Iterate it for lists of `TokenChunk`: each list is everything that queued up since the last one.
 
-    Leaving early forgets the request locally; `cancel` ends it. After the iteration `ended` says how it ended.
+    Leaving early forgets the request locally; `cancel` ends it. After the iteration `ended` says how it ended. While Redis is away the
+    stream waits; `RedisUnavailable` is raised when it was away for `patience_s`.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class RequestStream:
         choices: int,
         *,
         buffer_items: int,
+        patience_s: float,
         read: Callable[[str], Awaitable[Standing | None]],
         cancel: Callable[[str, str], Awaitable[None]],
         forget: Callable[[RequestStream], Awaitable[None]],
@@ -66,6 +74,8 @@ class RequestStream:
         self._waiter: asyncio.Future[None] | None = None
         self._read, self._cancel, self._forget = read, cancel, forget
         self._last_item_s = time.monotonic()
+        self._heard_s = self._last_item_s  # when Redis last answered a read; while it is away the stream waits
+        self._patience_s = patience_s
 
     # -- the bus's side: never blocks, never raises ---------------------------------------------------------------------
 
@@ -153,7 +163,16 @@ class RequestStream:
 
     async def _catch_up(self) -> None:
         self._behind = False
-        standing = await self._read(self.id)
+        try:
+            standing = await self._read(self.id)
+        except RedisUnavailable as error:
+            self._behind = True
+            if time.monotonic() - self._heard_s > self._patience_s:
+                raise
+            log.warning("Redis is away, the stream waits", request_id=self.id, error=str(error))
+            await asyncio.sleep(READ_AGAIN_S)
+            return
+        self._heard_s = time.monotonic()
         if standing is None:
             gone = Usage(0, sum(self._next), 0)
             self.ended = Ended("failed", "Redis does not know this request any more", gone, "", Timeline())

@@ -77,7 +77,7 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
     )  # fmt: skip
 
     async def stop(held: Held, why: str) -> None:
-        await engine.cancel(held.id)
+        await engine.cancel(held.key)
         held.drop(why)
 
     steps = StepWriter(worker.queue, holdings, stop=stop)

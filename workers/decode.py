@@ -20,7 +20,7 @@ def register(worker: Worker, engine: AsyncEngine, holdings: Holdings, stops: Sto
 
     @worker.task("decode", queue="decode")
     async def decode(task: Task) -> Outcome:
-        held = holdings.get(task.request.id)
+        held = holdings.get(task.delivery.key)
         assert held is not None
         if not held.open:  # the worker before this one wrote the last token and died before it said so
             return Done()
@@ -35,7 +35,7 @@ def register(worker: Worker, engine: AsyncEngine, holdings: Holdings, stops: Sto
             await held.complete
             return Done()
         finally:
-            stops.forget(task.request.id)
+            stops.forget(task.delivery.key)
 
 
 async def _join(engine: AsyncEngine, task: Task) -> tuple[int, str]:
@@ -46,7 +46,7 @@ async def _join(engine: AsyncEngine, task: Task) -> tuple[int, str]:
             return await engine.decode(request, handle, task.log), ""
         except (KVLost, WireError) as lost:  # not an error of the request: its prompt and log are at hand
             reason = lost.reason if isinstance(lost, KVLost) else "handle"
-            log.warning("blocks lost, computed again", request_id=request.request_id, reason=reason, error=str(lost))
+            log.warning("blocks lost, computed again", request_id=task.delivery.id, reason=reason, error=str(lost))
             return await engine.decode(request, None, task.log), reason
     resumed = any(task.log.tokens)
     return await engine.decode(request, None, task.log), "resumed" if resumed else ""

@@ -29,7 +29,12 @@ class Held:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.id, self.epoch, self.api = task.delivery.id, task.delivery.epoch, task.delivery.api
+        self.id, self.epoch, self.api, self.key = (
+            task.delivery.id,
+            task.delivery.epoch,
+            task.delivery.api,
+            task.delivery.key,
+        )
         self.lengths = [len(tokens) for tokens in task.log.tokens]
         self.open = {choice for choice, reason in enumerate(task.log.finished) if reason is None}
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -63,23 +68,22 @@ class Held:
 
 
 class Holdings:
-    """All deliveries of one worker by request id."""
+    """All deliveries of one worker by their key."""
 
     def __init__(self) -> None:
         self._held: dict[str, Held] = {}
 
     def add(self, held: Held) -> None:
         """Take a delivery in."""
-        self._held[held.id] = held
+        self._held[held.key] = held
 
     def remove(self, held: Held) -> None:
         """Let it go; a later delivery of the same request stays."""
-        if self._held.get(held.id) is held:
-            del self._held[held.id]
+        self._held.pop(held.key, None)
 
-    def get(self, request_id: str) -> Held | None:
-        """The delivery of a request, if it is held."""
-        return self._held.get(request_id)
+    def get(self, key: str) -> Held | None:
+        """A delivery, if it is held. Engines know a delivery by its key: it is their request id."""
+        return self._held.get(key)
 
     def all(self) -> list[Held]:
         """A copy, for loops that change what is held."""

@@ -19,4 +19,4 @@ def register(worker: Worker, engine: AsyncEngine, stops: StopStrings) -> None:
         try:
             return Handover(stops.cut_all(prefilled.outputs), prefilled.kv, prefilled.cached_tokens)
         finally:
-            stops.forget(task.request.id)
+            stops.forget(task.delivery.key)

@@ -50,7 +50,9 @@ class StepWriter:
             rows = [(held, output) for output in merged(outputs) if (held := self._holdings.get(output.request_id))]
             logged = [(held, output) for held, output in rows if is_logged(output)]
             if logged:
-                verdicts = await self._write([StepItem(held.api, held.epoch, output) for held, output in logged])
+                verdicts = await self._write(
+                    [StepItem(held.id, held.api, held.epoch, output) for held, output in logged]
+                )
                 for (held, output), verdict in zip(logged, verdicts, strict=True):
                     await self._settle(held, output, verdict)
             for held, output in rows:

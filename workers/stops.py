@@ -55,9 +55,9 @@ class StopStrings:
         """`cut` of each, without those that are gone."""
         return [kept for output in outputs if (kept := self.cut(output)) is not None]
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, key: str) -> None:
         """The request is over here."""
-        self._choices.pop(request_id, None)
+        self._choices.pop(key, None)
 
 
 def _load(source: str) -> Callable[[BackendInput], Backend]:

@@ -25,7 +25,7 @@ from pipeline.config import WorkerSettings
 from pipeline.connection import Connection, Subscription
 from pipeline.errors import BatonError, RedisUnavailable, WireError
 from pipeline.protocol import BellNote, CancelNote, FreeNote, KVHandle, Note, Request
-from pipeline.queue import LANES, Delivery, PoolQueue, Verdict
+from pipeline.queue import LANES, Delivery, PoolQueue, Verdict, delivery_key
 from workers.holdings import Held, Holdings, Task
 from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify
 
@@ -124,16 +124,22 @@ class Worker:
             )
         ]
         log.info("ready", worker=self.name, stage=self._stage, lanes=self._lanes())
+        working = asyncio.create_task(self._work(), name=f"{self.name} claims")
         try:
-            await self._claim_until_drained()
-            await self._finish_held()
+            done, _ = await asyncio.wait([working, *background], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:  # without its background a worker must not go on: its leases would run out unseen
+                task.result()
         finally:
-            for task in background:
+            for task in (working, *background):
                 task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+            await asyncio.gather(working, *background, return_exceptions=True)
             with contextlib.suppress(BatonError):
                 await self.queue.leave(self._stage, self.name)
             await subscription.close()
+
+    async def _work(self) -> None:
+        await self._claim_until_drained()
+        await self._finish_held()
 
     def _lanes(self) -> list[str]:
         return [f"@{self.name}", *LANES]
@@ -199,7 +205,8 @@ class Worker:
             handle = self._decode_handle(delivery.handle) if delivery.handle else None
         except msgspec.DecodeError as error:
             raise WireError(f"{delivery.id}: stored task is not readable: {error}") from error
-        return Task(delivery, request, handle)
+        engines_view = msgspec.structs.replace(request.input, request_id=delivery.key)
+        return Task(delivery, msgspec.structs.replace(request, input=engines_view), handle)
 
     async def _run(self, held: Held) -> Outcome:
         assert self._handler is not None
@@ -231,7 +238,7 @@ class Worker:
             case Handover():
                 await self._hand_over(delivery, outcome)
             case Retry():
-                await self._resources.cancel(delivery.id)
+                await self._resources.cancel(delivery.key)
                 await self.queue.hand_back(
                     delivery, self.name, counts=outcome.counts, max_attempts=attempts, why=outcome.why
                 )
@@ -240,7 +247,7 @@ class Worker:
             case Fail():
                 await self.queue.end(delivery.id, "failed", outcome.why, worker=self.name, epoch=delivery.epoch)
             case Dropped():
-                await self._resources.cancel(delivery.id)
+                await self._resources.cancel(delivery.key)
             case _:
                 assert_never(outcome)
 
@@ -283,7 +290,7 @@ class Worker:
             self._stage, self.name, self._capacity.describe(), self._settings.lease_s, [(h.id, h.epoch) for h in held]
         )
         for delivery, still in zip(held, mine, strict=True):
-            if not still and self._holdings.get(delivery.id) is delivery and not delivery.complete.done():
+            if not still and self._holdings.get(delivery.key) is delivery and not delivery.complete.done():
                 delivery.drop("lease lost")
 
     async def _free_unwanted(self) -> None:
@@ -315,8 +322,8 @@ class Worker:
                 case FreeNote():
                     await self._free(note.handle_id)
                 case CancelNote():
-                    held = self._holdings.get(note.id)
-                    if held is not None and held.epoch <= note.epoch:
+                    held = self._holdings.get(delivery_key(note.id, note.epoch))
+                    if held is not None:
                         held.drop("ended elsewhere")
 
     async def _sweep(self) -> None:

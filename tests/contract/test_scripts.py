@@ -154,7 +154,7 @@ async def _step(story: Story) -> str:
     last = LLMEngineOutput(ID, 1, 1, [21, 22], FinishReason.LENGTH)
     beyond = LLMEngineOutput(ID, 0, 50, [23])
     epoch = story.delivery.epoch
-    items = [StepItem(API, epoch, output), StepItem(API, epoch, last), StepItem(API, epoch, beyond)]
+    items = [StepItem(ID, API, epoch, item) for item in (output, last, beyond)]
     return " ".join(verdict.name.lower() for verdict in await story.queue.step(items))
 
 

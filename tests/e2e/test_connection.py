@@ -48,3 +48,10 @@ async def test_clients_that_come_and_go_together_always_leave(default_redis_url:
         for _ in range(30):
             async with asyncio.timeout(10), system.client("api-a"), system.client("api-b"):
                 await asyncio.sleep(0.01)
+
+
+async def test_more_calls_than_connections_wait_for_one_another(default_redis_url: str) -> None:
+    connection = Connection(RedisSettings(url=default_redis_url))
+    answers = await asyncio.gather(*(connection.command("INCR", "counted") for _ in range(400)))
+    assert sorted(answers) == list(range(1, 401))
+    await connection.close()

@@ -149,6 +149,33 @@ async def test_a_zombie_writes_nothing_after_its_lease(redis_url: str, tmp_path:
     assert "dropped" in log  # the zombie noticed
 
 
+async def test_a_worker_that_slept_alone_takes_its_request_again(default_redis_url: str, tmp_path: Path) -> None:
+    """The same worker gets a second delivery; what it computed for the first one is not written under the second's epoch."""
+    async with System(
+        default_redis_url, "worker.lease_s=1", "engine.mock.decode_base_ms=20", log_dir=tmp_path
+    ) as system:
+        await system.worker("prefill")
+        sleeper = await system.worker("decode")
+        async with system.client() as client:
+            item = request(64, n=2, max_tokens=80, temperature=1.0)
+            reading = asyncio.create_task(collect(await client.submit(item), 2))
+            await system.until(lambda: logged(system, item.id, 8), 20)
+            sleeper.send_signal(signal.SIGSTOP)  # its engine goes on
+            await system.until(lambda: parked(system, item.id), 20)
+            sleeper.send_signal(signal.SIGCONT)
+            tokens, ended = await reading
+            assert ended.state == "done", ended
+            assert [len(choice) for choice in tokens] == [80, 80]
+            standing = await client.queue.attach(item.id, watch=False)
+            assert standing is not None
+            assert standing.log.tokens == tokens
+            assert await taken_over(system, item.id)
+
+
+async def parked(system: System, request_id: str) -> bool:
+    return bool(await system.connection.command("HGET", system.keys.request(request_id), "state") == b"queued")
+
+
 def freeze(process: subprocess.Popen[bytes]) -> None:
     """Stop a worker in mid-step: its parent at once, its engine a moment later, so that outputs wait between them."""
     process.send_signal(signal.SIGSTOP)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from pipeline.protocol import FinishReason, LLMEngineOutput, Log
 from pipeline.queue import Delivery
 from tests.system import request
@@ -37,9 +39,10 @@ async def test_a_finished_choice_of_the_log_is_not_open() -> None:
 async def test_a_later_delivery_of_the_same_request_is_not_removed_by_the_earlier_one() -> None:
     holdings = Holdings()
     first = held(4)
-    second = Held(first.task)
+    second = Held(dataclasses.replace(first.task, delivery=dataclasses.replace(first.task.delivery, epoch=2)))
     holdings.add(first)
     holdings.add(second)
     holdings.remove(first)
-    assert holdings.get(first.id) is second
+    assert holdings.get(second.key) is second
+    assert holdings.get(first.key) is None
     assert (len(holdings), holdings.choices(), holdings.prompt_tokens()) == (1, 1, 4)

@@ -52,7 +52,9 @@ class Store:
 
 
 def open_stream(store: Store, buffer_items: int = 100) -> RequestStream:
-    return RequestStream("r", 2, buffer_items=buffer_items, read=store.read, cancel=store.cancel, forget=store.forget)
+    return RequestStream(
+        "r", 2, buffer_items=buffer_items, patience_s=5, read=store.read, cancel=store.cancel, forget=store.forget
+    )
 
 
 def item(choice: int, start: int, stop: int) -> TokenItem:
