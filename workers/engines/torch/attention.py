@@ -38,7 +38,7 @@ class DecodeGroup:
         torch.Tensor | None
     )  # [rows, 1, 1, length], True where the sequence has a token; None where all are equally long
     dense: DenseGroup | None
-    pieces: torch.Tensor | None  # without `dense`: [layers, 2 * rows * kv_heads * blocks] rows of `KVCache.pieces`
+    pieces: torch.Tensor | None  # [layers, 2 * rows * kv_heads * blocks] rows of `KVCache.pieces`
 
 
 @dataclass(slots=True)
@@ -92,12 +92,12 @@ class PagedStep:
     ) -> torch.Tensor:
         """[rows, heads, dim]. The heads that share a key head are the queries of one attention."""
         rows, heads, dim = group.last - group.first, query.shape[1], query.shape[3]
+        queries = query[0, :, group.first : group.last].transpose(0, 1)
         if group.dense is not None:
-            keys, values = group.dense.append(layer, new[:, :, group.first : group.last])[..., : group.length, :]
-        else:
-            assert group.pieces is not None
-            keys, values = self._gather(group.pieces[layer], rows)[..., : group.length, :]
-        queries = query[0, :, group.first : group.last].transpose(0, 1).reshape(rows, keys.shape[1], -1, dim)
+            return group.dense.attend(layer, queries, new[:, :, group.first : group.last], scaling or dim**-0.5)
+        assert group.pieces is not None
+        keys, values = self._gather(group.pieces[layer], rows)[..., : group.length, :]
+        queries = queries.reshape(rows, keys.shape[1], -1, dim)
         attended = scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask, scale=scaling)
         return attended.reshape(rows, heads, dim)
 
@@ -157,12 +157,13 @@ class PagedStep:
 
     def _decode_group(self, rows: list[Row], first: int, dense: DenseGroup | None) -> DecodeGroup:
         length = rows[0].start + 1
+        if dense is not None:
+            return DecodeGroup(first, first + len(rows), length, None, dense, None)
         mask = None
         if rows[-1].start + 1 < length:
             lengths = np.array([row.start + 1 for row in rows])
             mask = self._tensor(np.arange(length) < lengths[:, None])[:, None, None]
-        pieces = self._padded_pieces(rows) if dense is None else None
-        return DecodeGroup(first, first + len(rows), length, mask, dense, pieces)
+        return DecodeGroup(first, first + len(rows), length, mask, None, self._padded_pieces(rows))
 
     def _padded_pieces(self, rows: list[Row]) -> torch.Tensor:
         tables = np.empty((len(rows), self._blocks_of(rows[0])), dtype=np.int64)

@@ -1,9 +1,9 @@
-"""Contiguous copies of the blocks that running answers read in every step.
+"""Decode attention on a CPU: over contiguous copies of the blocks that running answers read in every step.
 
-Attention kernels want the keys of a sequence in one piece; gathering them from their blocks in each layer of each step
-costs as much as the attention itself. So what a group of answers has gathered is kept, and grows by a token a step for as
-long as the same answers run together. The blocks stay the truth: they get every token too, and a copy is made anew from
-them whenever a sequence joins or leaves its group. Copies take at most as much memory as the blocks themselves.
+A product of few queries with many keys is bound by memory. Gathering the keys of a sequence from its blocks in each layer
+of each step reads and writes them once more, so what a group of answers has gathered is kept, and grows by a token a step
+for as long as the same answers run together. The blocks stay the truth: they get every token too, and a copy is made anew
+from them whenever a sequence joins or leaves its group. Copies take at most as much memory as the blocks themselves.
 """
 
 from __future__ import annotations
@@ -17,64 +17,100 @@ import torch
 from workers.engines.paged.runner import Row
 from workers.engines.torch.cache import KVCache
 
-SPARE_TOKENS = 64  # room to grow before a copy is made anew
+MIN_SPARE_TOKENS = 64  # room to grow before a copy is made anew; half of the length where that is more
 
 
 class DenseGroup:
-    """Keys and values of some sequences: `copies` [layers, 2, rows, kv_heads, capacity, head_dim]."""
+    """Keys and values of some sequences, longest first: `copies` [layers, 2, rows, kv_heads, capacity, head_dim]."""
 
     def __init__(self, rows: Sequence[Row], cache: KVCache, storage: torch.Tensor, capacity: int) -> None:
-        geometry = cache.geometry
+        self._geometry = geometry = cache.geometry
         shape = (geometry.layers, 2, len(rows), geometry.kv_heads, capacity, geometry.head_dim)
         self.storage = storage
-        self.copies = storage[: int(np.prod(shape))].view(shape)
         self.capacity = capacity
+        self._copies = storage[: int(np.prod(shape))].view(shape)
+        self._slots = self._copies.view(-1, geometry.head_dim)
         self._tables: list[array[int]] = [row.table for row in rows]  # held, so that identity means the same sequence
-        self._next = [row.start for row in rows]
-        self._fill(rows, cache)
-        lead = np.arange(geometry.layers * 2 * len(rows) * geometry.kv_heads).reshape(geometry.layers, 2, len(rows), -1)
-        places = lead * capacity + np.array(self._next)[:, None]
-        self._places = torch.from_numpy(places.swapaxes(2, 3).reshape(geometry.layers, -1).copy())
-        self._slots = self.copies.view(-1, geometry.head_dim)
+        self._starts = np.array([row.start for row in rows])
+        self._fill(cache)
 
     def continues(self, rows: Sequence[Row]) -> bool:
         """Whether these rows are the same sequences, one token on, and there is room for it."""
         return (
             len(rows) == len(self._tables)
             and all(row.table is table for row, table in zip(rows, self._tables, strict=True))
-            and all(row.start == start for row, start in zip(rows, self._next, strict=True))
-            and max(self._next) < self.capacity
+            and [row.start for row in rows] == self._starts.tolist()
+            and int(self._starts[0]) < self.capacity
         )
 
-    def append(self, layer: int, new: torch.Tensor) -> torch.Tensor:
-        """Put the new token of each row, [2, kv_heads, rows, head_dim], in its place; returns the layer's copies."""
-        self._slots.index_copy_(0, self._places[layer], new.reshape(-1, new.shape[-1]))
-        return self.copies[layer]
+    def prepare(self, num_heads: int) -> None:
+        """What a step needs in all layers: where the new tokens go, who sees what, which values each query sums."""
+        geometry, rows, length = self._geometry, len(self._starts), int(self._starts[0]) + 1
+        lead = np.arange(geometry.layers * 2 * rows * geometry.kv_heads).reshape(geometry.layers, 2, rows, -1)
+        places = (lead * self.capacity + self._starts[:, None]).swapaxes(2, 3)
+        self._places = torch.from_numpy(places.reshape(geometry.layers, -1))
+        self._mask = None
+        if self._starts[-1] + 1 < length:
+            hidden = np.where(np.arange(length) <= self._starts[:, None], np.float32(0), np.float32(-np.inf))
+            self._mask = torch.from_numpy(hidden.repeat(geometry.kv_heads, axis=0))[:, None]
+        sharing = num_heads // geometry.kv_heads
+        first = (np.arange(rows * geometry.kv_heads) * self.capacity).repeat(sharing)
+        self._summed = torch.from_numpy((first[:, None] + np.arange(length)).reshape(-1))
+        self._bags = torch.arange(rows * num_heads) * length
+
+    def attend(self, layer: int, queries: torch.Tensor, new: torch.Tensor, scaling: float) -> torch.Tensor:
+        """[rows, heads, dim] -> the same; `new` [2, kv_heads, rows, dim] is put in its place first.
+
+        The weighted sum of values is one `embedding_bag`: it streams each value once, where a product of so few rows would
+        copy them all into the order that it wants.
+        """
+        rows, heads, dim = queries.shape
+        geometry, length = self._geometry, int(self._starts[0]) + 1
+        self._slots.index_copy_(0, self._places[layer], new.reshape(-1, dim))
+        keys, values = self._copies[layer]
+        queries = (queries * scaling).view(rows * geometry.kv_heads, -1, dim)
+        seen = keys.view(-1, self.capacity, dim)[:, :length].transpose(1, 2)
+        scores = torch.bmm(queries, seen) if self._mask is None else torch.baddbmm(self._mask, queries, seen)
+        weights = torch.softmax(scores, dim=-1).view(-1)
+        summed = torch.embedding_bag(values.view(-1, dim), self._summed, self._bags, False, 0, False, weights)[0]
+        return summed.view(rows, heads, dim)
 
     def advance(self) -> None:
         """The step is computed in all layers."""
-        self._places += 1
-        self._next = [start + 1 for start in self._next]
+        self._starts += 1
 
-    def _fill(self, rows: Sequence[Row], cache: KVCache) -> None:
-        size = cache.geometry.block_size
-        for index, row in enumerate(rows):
-            for block, place in zip(row.table, range(0, row.start, size), strict=False):
-                count = min(size, row.start - place)
-                self.copies[:, :, index, :, place : place + count] = cache.blocks[block, :, :, :, :count]
-            self.copies[:, :, index, :, row.start :] = 0  # masked out, but what is not a number would pass any mask
+    def _fill(self, cache: KVCache) -> None:
+        """Copy the blocks, padded to those of the longest; clear what is not a token of a sequence."""
+        geometry, size = self._geometry, self._geometry.block_size
+        used = -(-self._starts // size)
+        blocks = max(1, int(used[0]))
+        tables = np.zeros((len(used), blocks), dtype=np.int64)
+        for table, own, count in zip(tables, self._tables, used, strict=True):
+            table[:count] = own[:count]
+        within = np.arange(geometry.rows_per_block).reshape(geometry.layers, 2, 1, geometry.kv_heads, 1)
+        pieces = torch.from_numpy((tables[:, None, :] * geometry.rows_per_block + within).reshape(-1))
+        gathered = cache.pieces.index_select(0, pieces).view(*self._copies.shape[:4], blocks * size, geometry.head_dim)
+        self._copies[..., : blocks * size, :] = gathered
+        for row, start in enumerate(self._starts.tolist()):
+            self._copies[:, :, row, :, start:] = 0  # masked out, but what is not a number would pass any mask
+
+
+def can_copy(cache: KVCache) -> bool:
+    """Whether copies pay: on a GPU memory is dearer than a gather, and `embedding_bag` sums in float32 only."""
+    return cache.device.type == "cpu" and cache.geometry.dtype == torch.float32
 
 
 class DenseMemory:
     """The groups of the last step, and the memory of those that ended."""
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, num_heads: int) -> None:
         self._cache = cache
+        self._num_heads = num_heads
         self._groups: list[DenseGroup] = []
         self._spare: list[torch.Tensor] = []
 
     def groups_for(self, groups: Sequence[Sequence[Row]]) -> list[DenseGroup | None]:
-        """A dense group for each of these groups of rows; None where memory does not allow it."""
+        """A dense group for each of these groups of rows, ready for a step; None where memory does not allow it."""
         kept: list[DenseGroup | None] = [self._find(rows) for rows in groups]
         self._spare += [group.storage for group in self._groups if group not in kept]
         budget = self._cache.blocks.numel() - sum(group.storage.numel() for group in kept if group is not None)
@@ -83,6 +119,8 @@ class DenseMemory:
                 kept[index] = group = self._build(rows, budget)
                 budget -= group.storage.numel() if group is not None else 0
         self._groups = [group for group in kept if group is not None]
+        for group in self._groups:
+            group.prepare(self._num_heads)
         return kept
 
     def advance(self) -> None:
@@ -95,7 +133,9 @@ class DenseMemory:
 
     def _build(self, rows: Sequence[Row], budget: int) -> DenseGroup | None:
         geometry = self._cache.geometry
-        capacity = max(row.start for row in rows) + SPARE_TOKENS
+        length = rows[0].start + 1
+        blocks = -(-(length + max(MIN_SPARE_TOKENS, length // 2)) // geometry.block_size)
+        capacity = blocks * geometry.block_size
         needed = geometry.layers * 2 * len(rows) * geometry.kv_heads * capacity * geometry.head_dim
         if needed > budget:
             self._spare.clear()

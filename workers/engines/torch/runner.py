@@ -17,7 +17,7 @@ from workers.engines.paged.runner import Chosen, Draw, Row, RunnerInfo
 from workers.engines.torch.attention import ATTENTION_NAME, PagedStep
 from workers.engines.torch.cache import KVCache
 from workers.engines.torch.decoder import decoder_of
-from workers.engines.torch.dense import DenseMemory
+from workers.engines.torch.dense import DenseMemory, can_copy
 from workers.engines.torch.model import fingerprint, geometry_of, load_model, model_length
 from workers.engines.torch.sampling import choose
 
@@ -69,7 +69,8 @@ class TorchRunner:
         self._model = load_model(name, settings, self._pool.max_model_len)
         geometry = geometry_of(self._model.config, settings.block_size, self._model.dtype)
         self._cache = KVCache(geometry, settings.num_blocks, self._model.device)
-        self._memory = DenseMemory(self._cache) if self._model.device.type == "cpu" else None
+        heads = self._model.config.get_text_config(decoder=True).num_attention_heads
+        self._memory = DenseMemory(self._cache, heads) if can_copy(self._cache) else None
         length = model_length(self._model.config, self._pool.max_model_len)
         layout = fingerprint(self._model, geometry)
         eager = self._eager_logits()
