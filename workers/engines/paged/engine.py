@@ -449,8 +449,10 @@ class PagedEngine:
             self._runner.copy_block(source, target)
 
     def _count(self, row: ScheduledRow) -> None:
-        sequence = row.sequence
-        end = row.start + row.count
+        sequence, end = row.sequence, row.start + row.count
+        if row.start >= sequence.reached and row.start >= sequence.prompt_length:
+            sequence.reached = end  # a token of the answer, the first time: as nearly always
+            return
         new = max(row.start, sequence.reached)
         self._counters.recomputed_tokens += min(end, new) - row.start
         self._counters.prompt_tokens_computed += max(0, min(end, sequence.prompt_length) - new)
