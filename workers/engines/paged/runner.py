@@ -70,11 +70,11 @@ class Runner(Protocol):
         ...
 
     def copy_block(self, source: int, target: int) -> None:
-        """Copy the bytes of a block. Not called during `run`."""
+        """Copy the bytes of a block. During `run` only for blocks that none of its rows uses."""
         ...
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Set the bytes of these blocks to zero: what is not a number in them would spoil their next owner. Not during `run`."""
+        """Set the bytes of these blocks to zero: what is not a number in them would spoil their next owner."""
         ...
 
     def gather(self, blocks: Sequence[int], out: memoryview) -> None:
