@@ -23,7 +23,7 @@ def create_app(settings: ApiSettings, pools: Mapping[str, ServedPool], drain: Dr
         False  # sse-starlette would cut every stream at SIGTERM; `Drain` ends them
     )
     service = Service(settings, pools, drain or Drain(settings.shutdown_grace_s), Metrics())
-    app = FastAPI(title="Baton", version=pipeline.__version__, redirect_slashes=False)
+    app = FastAPI(title="Baton", version=pipeline.__version__, openapi_url=None, redirect_slashes=False)
     install_error_handlers(app, service.metrics)
     for routes in (generation_routes, model_routes, probe_routes):
         app.include_router(routes(service))

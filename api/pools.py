@@ -20,7 +20,7 @@ from pipeline.tokenizer import Tokenizer
 async def open_pool(name: str, settings: Settings, connection: Connection, process: str) -> AsyncIterator[ServedPool]:
     """The pool `name` of `settings`, its client named `process`. Raises ConfigError and RedisUnavailable."""
     pool = settings.pools[name]
-    tokenizer = await asyncio.to_thread(Tokenizer.load, pool.tokenizer or pool.model)
+    tokenizer = await asyncio.to_thread(load_tokenizer, pool.tokenizer or pool.model)
     preprocessor = Preprocessor(
         tokenizer,
         model=name,
@@ -41,11 +41,22 @@ async def open_pool(name: str, settings: Settings, connection: Connection, proce
         yield ServedPool(name, preprocessor, client, int(time.time()))
 
 
+def load_tokenizer(source: str) -> Tokenizer:
+    """A tokenizer that is ready: what it makes on first use is made, so that no request waits for it."""
+    tokenizer = Tokenizer.load(source)
+    tokenizer.token_bytes(skip_special_tokens=True)
+    return tokenizer
+
+
 def max_model_len(name: str, pool: PoolSettings, engine: EngineSettings, model_says: int | None) -> int:
-    """Prompt and output tokens together, at most: what is set, bounded by what the model can."""
-    can = engine.mock.max_model_len if pool.engine == "mock" else model_says
-    if pool.max_model_len:
-        return min(pool.max_model_len, can) if can else pool.max_model_len
-    if not can:
+    """Prompt and output tokens together, at most: what is set, bounded by what the model and an engine's blocks can."""
+    blocks = engine.mock if pool.engine == "mock" else engine.torch
+    limits = [
+        blocks.num_blocks * blocks.block_size,
+        engine.mock.max_model_len if pool.engine == "mock" else model_says,
+        pool.max_model_len or None,
+    ]
+    known = [limit for limit in limits if limit is not None]
+    if len(known) == 1:
         raise ConfigError(f"pools.{name}.max_model_len: the model {pool.model!r} does not say its context, so set it")
-    return can
+    return min(known)

@@ -55,10 +55,10 @@ class Preprocessor:
         """A prompt as text or as token ids. Raises InvalidRequest and ContextLengthExceeded."""
         if isinstance(prompt, str):
             token_ids = self.tokenizer.encode(prompt, add_special_tokens=True)
-        else:
-            token_ids = list(prompt)
-            self._check_ids(token_ids, "prompt")
-        return self._assemble(request_id, token_ids, wanted, param="prompt")
+            return self._assemble(request_id, token_ids, wanted, param="prompt")
+        ready = self._assemble(request_id, list(prompt), wanted, param="prompt")
+        self._check_ids(prompt, "prompt")  # after the length: there may be millions
+        return ready
 
     def _assemble(self, request_id: str, token_ids: list[int], wanted: Wanted, *, param: str) -> BackendInput:
         self._check_ids(wanted.stop.stop_token_ids or [], "stop_token_ids")

@@ -1,0 +1,36 @@
+"""How long a request may be, from what is set and what is there."""
+
+from __future__ import annotations
+
+import pytest
+
+from api.pools import max_model_len
+from pipeline.config import EngineSettings, MockSettings, PoolSettings, TorchSettings
+from pipeline.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("is_set", "model_says", "num_blocks", "limit"),
+    [
+        (0, 4096, 1024, 4096),
+        (100, 4096, 1024, 100),
+        (9999, 4096, 1024, 4096),
+        (9999, None, 1024, 9999),
+        (0, 4096, 10, 160),
+    ],
+)
+def test_the_least_of_setting_model_and_blocks_holds(
+    is_set: int, model_says: int | None, num_blocks: int, limit: int
+) -> None:
+    engine = EngineSettings(torch=TorchSettings(block_size=16, num_blocks=num_blocks))
+    assert max_model_len("p", PoolSettings(max_model_len=is_set), engine, model_says) == limit
+
+
+def test_a_mock_engine_says_its_own_context() -> None:
+    engine = EngineSettings(mock=MockSettings(max_model_len=777))
+    assert max_model_len("p", PoolSettings(engine="mock"), engine, 4096) == 777
+
+
+def test_a_context_that_nobody_says_must_be_set() -> None:
+    with pytest.raises(ConfigError, match=r"pools\.p\.max_model_len"):
+        max_model_len("p", PoolSettings(), EngineSettings(), None)
