@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -38,6 +39,15 @@ class Served:
 
     async def rests(self) -> bool:
         return not await self.system.at_rest()
+
+    @property
+    def api(self) -> subprocess.Popen[bytes]:
+        """The API's process."""
+        return next(process for process in self.system.processes if "api" in process.args)  # type: ignore[operator]
+
+    async def running(self, count: int) -> bool:
+        """Whether as many requests have tokens in their logs."""
+        return len(await self.system.connection.command("KEYS", self.system.keys.root + "log:*")) == count
 
     async def ended(self, state: str) -> int:
         return await self.system.counter(f"ended:{state}")
