@@ -32,11 +32,11 @@ class Answer:
 
 
 class Reference:
-    """One model through transformers alone, float32 on CPU, one thread."""
+    """One model through transformers alone, in float32; on CPU with one thread."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         torch.set_num_threads(1)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
         self.model.generation_config.eos_token_id = None  # answers end by length, so that all of them are compared
         self.model.generation_config.pad_token_id = 0
         self.vocab_size: int = self.model.config.vocab_size
@@ -50,7 +50,7 @@ class Reference:
         return self._known[key]
 
     def _generate(self, prompt: Sequence[int], max_tokens: int) -> Answer:
-        ids = torch.tensor([list(prompt)])
+        ids = torch.tensor([list(prompt)], device=self.model.device)
         with torch.inference_mode():
             out = self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,

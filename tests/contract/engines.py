@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from pipeline.config import EngineSettings, MockSettings, PoolSettings, TorchSettings, TransferSettings
 from pipeline.protocol import BackendInput, FinishReason, Log, SamplingOptions, StopConditions
@@ -46,11 +47,20 @@ def write_model(folder: Path, family: str = "llama", **fields: Any) -> Path:
     return folder
 
 
+def require_cuda() -> None:
+    """Skip the test, with the reason, where there is no CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+
+
 class Engines:
-    """Makes engines of one kind over one model and one shared-memory folder."""
+    """Makes engines of one kind (`mock`, `torch`, `torch-cuda`) over one model and one shared-memory folder."""
 
     def __init__(self, kind: str, model: str, place: Path) -> None:
-        self.kind = kind
+        self.kind, _, device = kind.partition("-")
+        self._device = device or "cpu"
         self.model = model
         self._place = place
         self._count = 0
@@ -59,7 +69,7 @@ class Engines:
     async def engine(self, **fields: Any) -> AsyncIterator[Running]:
         """A started engine; `fields` are those that both sections of settings have."""
         section = EngineSettings(
-            torch=TorchSettings(**{"num_blocks": 256, "device": "cpu", **fields}),
+            torch=TorchSettings(**{"num_blocks": 256, "device": self._device, "dtype": "float32", **fields}),
             mock=MockSettings(
                 **{
                     "num_blocks": 256,

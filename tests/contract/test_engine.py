@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import KVLost, Unservable
 from pipeline.protocol import BackendInput, FinishReason, KVHandle, Log, OutputOptions, RoutingHints
-from tests.contract.engines import BLOCK, VOCABULARY, Engines, prompt, request_of, stopping, write_model
+from tests.contract.engines import BLOCK, VOCABULARY, Engines, prompt, request_of, require_cuda, stopping, write_model
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(params=["mock", "torch"])
+@pytest.fixture(params=["mock", "torch", pytest.param("torch-cuda", marks=pytest.mark.gpu)])
 def engines(request: pytest.FixtureRequest, model_dir: Path, short_dir: Path) -> Iterator[Engines]:
+    if request.param == "torch-cuda":
+        require_cuda()
     yield Engines(request.param, str(model_dir), short_dir)
     assert not list(short_dir.iterdir()), "shared memory was left behind"
 
