@@ -73,9 +73,7 @@ class MockRunner:
         self._write(rows)
         sampling = [row for row in rows if row.draws]
         chosen = self._choose(sampling) if sampling else []
-        duration_ms = self._duration_ms(rows)
-        if duration_ms:
-            await asyncio.sleep(duration_ms / 1000)
+        await asyncio.sleep(self._duration_ms(rows) / 1000)  # also of 0: others must have their turn
         return chosen
 
     def copy_block(self, source: int, target: int) -> None:

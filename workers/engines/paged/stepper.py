@@ -193,7 +193,8 @@ class Stepper:
         self._record(step)
         self._is_in_flight = True
         try:
-            await asyncio.sleep(0)  # who waited for admission goes on before the outputs of the step appear
+            if step.admitted:
+                await asyncio.sleep(0)  # who waited for it goes on before the outputs of the step appear
             chosen = iter(await self._runner.run(rows) if rows else [])
         finally:
             self._is_in_flight = False

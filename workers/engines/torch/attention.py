@@ -128,14 +128,7 @@ class PagedStep:
     def _write_slots(self, ragged: list[Row], positions: Ids) -> torch.Tensor:
         """[layers, 2 * kv_heads * total]: where in `KVCache.slots` each new key and value goes."""
         geometry = self._cache.geometry
-        blocks = np.concatenate(
-            [
-                np.frombuffer(row.table, dtype=np.int64)[
-                    np.arange(row.start, row.start + len(row.token_ids)) // self._size
-                ]
-                for row in ragged
-            ]
-        )
+        blocks = np.array([row.table[place] for row in ragged for place in self._blocks_written(row)])
         first = blocks * geometry.rows_per_block * self._size + positions % self._size
         rows = np.arange(geometry.rows_per_block).reshape(geometry.layers, -1, 1) * self._size
         return self._tensor((rows + first).reshape(geometry.layers, -1))
@@ -188,6 +181,12 @@ class PagedStep:
         within = np.arange(geometry.rows_per_block).reshape(geometry.layers, 2, 1, geometry.kv_heads, 1)
         pieces = tables[:, None, :] * geometry.rows_per_block + within
         return self._tensor(pieces.reshape(geometry.layers, -1))
+
+    def _blocks_written(self, row: Row) -> list[int]:
+        """For each token of the row the place of its block in the table."""
+        if len(row.token_ids) == 1:
+            return [row.start // self._size]
+        return [position // self._size for position in range(row.start, row.start + len(row.token_ids))]
 
     def _blocks_of(self, row: Row) -> int:
         return row.start // self._size + 1

@@ -23,12 +23,12 @@ MIN_SPARE_TOKENS = 64  # room to grow before a copy is made anew; half of the le
 class DenseGroup:
     """Keys and values of some sequences, longest first: `copies` [layers, 2, rows, kv_heads, capacity, head_dim]."""
 
-    def __init__(self, rows: Sequence[Row], cache: KVCache, storage: torch.Tensor, capacity: int) -> None:
+    def __init__(self, rows: Sequence[Row], cache: KVCache, place: range, memory: torch.Tensor, capacity: int) -> None:
         self._geometry = geometry = cache.geometry
-        shape = (geometry.layers, 2, len(rows), geometry.kv_heads, capacity, geometry.head_dim)
-        self.storage = storage
+        self.place = place
         self.capacity = capacity
-        self._copies = storage[: int(np.prod(shape))].view(shape)
+        shape = (geometry.layers, 2, len(rows), geometry.kv_heads, capacity, geometry.head_dim)
+        self._copies = memory[place.start : place.stop].view(shape)
         self._slots = self._copies.view(-1, geometry.head_dim)
         self._tables: list[array[int]] = [row.table for row in rows]  # held, so that identity means the same sequence
         self._starts = np.array([row.start for row in rows])
@@ -80,17 +80,15 @@ class DenseGroup:
         self._starts += 1
 
     def _fill(self, cache: KVCache) -> None:
-        """Copy the blocks, padded to those of the longest; clear what is not a token of a sequence."""
+        """Copy the blocks, as many for each row as it may grow to have; clear what is not a token of a sequence."""
         geometry, size = self._geometry, self._geometry.block_size
-        used = -(-self._starts // size)
-        blocks = max(1, int(used[0]))
-        tables = np.zeros((len(used), blocks), dtype=np.int64)
-        for table, own, count in zip(tables, self._tables, used, strict=True):
-            table[:count] = own[:count]
+        tables = np.empty((len(self._tables), self.capacity // size), dtype=np.int64)
+        for table, blocks in zip(tables, self._tables, strict=True):
+            table[: len(blocks)] = blocks[: len(table)]
+            table[len(blocks) :] = blocks[0]
         within = np.arange(geometry.rows_per_block).reshape(geometry.layers, 2, 1, geometry.kv_heads, 1)
         pieces = torch.from_numpy((tables[:, None, :] * geometry.rows_per_block + within).reshape(-1))
-        gathered = cache.pieces.index_select(0, pieces).view(*self._copies.shape[:4], blocks * size, geometry.head_dim)
-        self._copies[..., : blocks * size, :] = gathered
+        torch.index_select(cache.pieces, 0, pieces, out=self._copies.view(len(pieces), -1))
         for row, start in enumerate(self._starts.tolist()):
             self._copies[:, :, row, :, start:] = 0  # masked out, but what is not a number would pass any mask
 
@@ -101,27 +99,24 @@ def can_copy(cache: KVCache) -> bool:
 
 
 class DenseMemory:
-    """The groups of the last step, and the memory of those that ended."""
+    """The groups of the last step, in memory as large as that of the blocks; only what was ever used of it is real."""
 
     def __init__(self, cache: KVCache, num_heads: int) -> None:
         self._cache = cache
         self._num_heads = num_heads
+        self._memory = torch.empty(cache.blocks.numel(), dtype=cache.geometry.dtype)
         self._groups: list[DenseGroup] = []
-        self._spare: list[torch.Tensor] = []
 
     def groups_for(self, groups: Sequence[Sequence[Row]]) -> list[DenseGroup | None]:
-        """A dense group for each of these groups of rows, ready for a step; None where memory does not allow it."""
-        kept: list[DenseGroup | None] = [self._find(rows) for rows in groups]
-        self._spare += [group.storage for group in self._groups if group not in kept]
-        budget = self._cache.blocks.numel() - sum(group.storage.numel() for group in kept if group is not None)
+        """A dense group for each of these groups of rows, ready for a step; None where there is no room for it."""
+        found = [self._find(rows) for rows in groups]
+        self._groups = [group for group in found if group is not None]
         for index, rows in enumerate(groups):
-            if kept[index] is None:
-                kept[index] = group = self._build(rows, budget)
-                budget -= group.storage.numel() if group is not None else 0
-        self._groups = [group for group in kept if group is not None]
-        for group in self._groups:
-            group.prepare(self._num_heads)
-        return kept
+            group = found[index] or self._build(rows)
+            if group is not None:
+                group.prepare(self._num_heads)
+            found[index] = group
+        return found
 
     def advance(self) -> None:
         """The step is computed."""
@@ -131,17 +126,23 @@ class DenseMemory:
     def _find(self, rows: Sequence[Row]) -> DenseGroup | None:
         return next((group for group in self._groups if group.continues(rows)), None)
 
-    def _build(self, rows: Sequence[Row], budget: int) -> DenseGroup | None:
+    def _build(self, rows: Sequence[Row]) -> DenseGroup | None:
         geometry = self._cache.geometry
         length = rows[0].start + 1
         blocks = -(-(length + max(MIN_SPARE_TOKENS, length // 2)) // geometry.block_size)
-        capacity = blocks * geometry.block_size
-        needed = geometry.layers * 2 * len(rows) * geometry.kv_heads * capacity * geometry.head_dim
-        if needed > budget:
-            self._spare.clear()
+        needed = geometry.rows_per_block * len(rows) * blocks * geometry.block_size * geometry.head_dim
+        place = self._free_place(needed)
+        if place is None:
             return None
-        self._spare.sort(key=torch.Tensor.numel)
-        storage = self._spare.pop() if self._spare else torch.empty(0, dtype=geometry.dtype)
-        if storage.numel() < needed:
-            storage = torch.empty(min(budget, needed + needed // 4), dtype=geometry.dtype)
-        return DenseGroup(rows, self._cache, storage, capacity)
+        group = DenseGroup(rows, self._cache, place, self._memory, blocks * geometry.block_size)
+        self._groups.append(group)
+        return group
+
+    def _free_place(self, needed: int) -> range | None:
+        """The first gap between the groups that is large enough."""
+        start = 0
+        for taken in sorted((group.place for group in self._groups), key=lambda place: place.start):
+            if taken.start - start >= needed:
+                break
+            start = taken.stop
+        return range(start, start + needed) if start + needed <= self._memory.numel() else None
