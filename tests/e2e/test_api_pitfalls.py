@@ -199,7 +199,7 @@ async def test_a_deadline_is_a_504_before_the_headers_and_an_event_after(
 
 
 async def test_redis_that_goes_away_is_told_and_seen(short_dir: Path, tmp_path: Path) -> None:
-    overrides = (SLOW, "api.silence_s=0.3", "redis.timeout_s=1")
+    overrides = (SLOW, "api.silence_s=0.3", "redis.timeout_s=1", "queue.deadline_s=4")  # a stream waits as long
     with RedisServer.start(short_dir) as server:
         server.wait_ready()
         async with serving(server, tmp_path, *overrides) as served, served.http() as http:
@@ -218,6 +218,8 @@ async def test_redis_that_goes_away_is_told_and_seen(short_dir: Path, tmp_path: 
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "redis_unavailable")
             assert (await http.get("/live")).status_code == 200
             assert (await http.get("/v1/models")).status_code == 200
+            for process in served.system.processes:
+                process.kill()  # workers would wait for Redis
 
 
 async def has_status(http: httpx.AsyncClient, path: str, status: int) -> bool:
