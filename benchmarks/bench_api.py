@@ -121,7 +121,9 @@ class SourceClient:
         async def nothing(*_: object) -> None:
             return None
 
-        stream = RequestStream(request.id, 1, buffer_items=10**9, read=nothing, cancel=nothing, forget=nothing)
+        stream = RequestStream(
+            request.id, 1, buffer_items=10**9, patience_s=60.0, read=nothing, cancel=nothing, forget=nothing
+        )
         self._streams[request.id] = stream
         self._clock.arrive()
         return stream
