@@ -13,6 +13,7 @@ import pytest
 from pipeline.client import PoolClient
 from pipeline.protocol import Request
 from pipeline.snapshot import set_router, take_snapshot
+from tests.e2e.processes import children
 from tests.system import System, collect, request
 
 
@@ -181,11 +182,6 @@ def freeze(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGSTOP)
     for child in children(process):
         os.kill(child, signal.SIGSTOP)
-
-
-def children(process: subprocess.Popen[bytes]) -> list[int]:
-    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    return [int(pid) for pid in text.split()]
 
 
 async def logged(system: System, request_id: str, tokens: int) -> bool:
