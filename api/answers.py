@@ -41,12 +41,14 @@ class ClientGone(Exception):
 class Answer(Response):
     """See the module's docstring."""
 
+    by_token = False
+
     def __init__(self, service: Service, pool: ServedPool, request: Request) -> None:
         super().__init__()
         self._service = service
         self._pool = pool
         self._request = request
-        self._choices = Choices(pool.preprocessor.tokenizer, request)
+        self._choices = Choices(pool.preprocessor.tokenizer, request, by_token=self.by_token)
         self._begin_s = time.monotonic()
         self._first_s = 0.0
         self._why = ""  # why the request was left before it ended
@@ -121,7 +123,9 @@ class Answer(Response):
 
 
 class StreamedAnswer(Answer):
-    """Server-sent events."""
+    """Server-sent events, one a token that makes text certain; those that have queued up leave in one write."""
+
+    by_token = True
 
     def __init__(self, service: Service, pool: ServedPool, request: Request) -> None:
         super().__init__(service, pool, request)

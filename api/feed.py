@@ -65,10 +65,11 @@ def _interrupted() -> Draining:
 
 
 class Choices:
-    """The text of all choices of a request."""
+    """The text of all choices of a request; `by_token`: each token's text is a piece of its own, however many came together."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+    def __init__(self, tokenizer: Tokenizer, request: Request, *, by_token: bool) -> None:
         self._backends = [Backend(tokenizer, request.input) for _ in range(request.input.sampling_options.n)]
+        self._by_token = by_token
         self.reasons: list[FinishReason | None] = [None] * len(self._backends)
 
     @property
@@ -80,23 +81,29 @@ class Choices:
         """The pieces of text that these tokens make certain."""
         pieces: list[Piece] = []
         for chunk in chunks:
-            if self.reasons[chunk.choice] is not None:
-                continue
-            reason = chunk.finish_reason
-            text = self._backends[chunk.choice].push(chunk.token_ids, reason)
-            if text.stopped:  # the log ends here too: the decode worker found the same stop string
-                reason = FinishReason.STOP
-            if reason is None:
-                if text.delta:
-                    pieces.append((chunk.choice, text.delta, None))
-            else:
-                pieces += self._finish(chunk.choice, text.delta, reason, is_cut=text.stopped)
+            token_ids = chunk.token_ids
+            if self._by_token and len(token_ids) > 1:
+                for token_id in token_ids[:-1]:
+                    self._push(pieces, chunk.choice, (token_id,), None)
+                token_ids = token_ids[-1:]
+            self._push(pieces, chunk.choice, token_ids, chunk.finish_reason)
         return pieces
 
-    def _finish(self, choice: int, delta: str, reason: FinishReason, *, is_cut: bool) -> list[Piece]:
+    def _push(self, pieces: list[Piece], choice: int, token_ids: Sequence[int], reason: FinishReason | None) -> None:
+        if self.reasons[choice] is not None:
+            return
+        text = self._backends[choice].push(token_ids, reason)
+        if text.stopped:  # the log ends here too: the decode worker found the same stop string
+            reason = FinishReason.STOP
+        if reason is not None:
+            pieces.append(self._finish(choice, text.delta, reason, is_cut=text.stopped))
+        elif text.delta:
+            pieces.append((choice, text.delta, None))
+
+    def _finish(self, choice: int, delta: str, reason: FinishReason, *, is_cut: bool) -> Piece:
         if not is_cut:
             delta += self._backends[choice].finish()
         if reason not in FINISH_WORDS:  # cancelled or failed: the end of the request tells
-            return [(choice, delta, None)] if delta else []
+            return (choice, delta, None)
         self.reasons[choice] = reason
-        return [(choice, delta, reason)]
+        return (choice, delta, reason)
