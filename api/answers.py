@@ -69,6 +69,12 @@ class Answer(Response):
             except BatonError as error:
                 self._why = error.code
                 raise
+            except asyncio.CancelledError:
+                self._why = "server stopped"
+                raise
+            except Exception:
+                self._why = "internal error"
+                raise
             finally:
                 live.dec()
                 await self._settle(feed)
