@@ -108,7 +108,8 @@ class RequestStream:
         """Take the end of the request; tokens that never came live are read from the log first."""
         usage = Usage(item.prompt_tokens, item.completion_tokens, item.cached_tokens)
         self.ended = Ended(item.state, item.reason, usage, item.stage, item.timeline)
-        if sum(self._next) < item.completion_tokens:
+        is_short = sum(self._next) < item.completion_tokens
+        if is_short or (item.state == "done" and not all(self._finished)):
             self._behind = True
         self._wake()
 

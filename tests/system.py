@@ -71,8 +71,8 @@ class System:
     def spawn(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
         """Start `python -m module`; it dies with this process."""
         sets = [part for override in self.overrides for part in ("--set", override)]
-        command = [sys.executable, "-m", module, *arguments, "--parent", str(os.getpid()), *sets]
-        name = "-".join([module, *(part for part in arguments if not part.startswith("-"))])
+        command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *sets, *arguments]
+        name = "-".join([module, *(part for part in arguments if not part.startswith("-") and "=" not in part)])
         path = self._log_dir / f"{name}-{len(self.processes)}.log" if self._log_dir else Path(os.devnull)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with path.open("wb") as output:

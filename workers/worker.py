@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -85,6 +86,7 @@ class Worker:
         self._bell = asyncio.Event()
         self._renew_now = asyncio.Event()
         self._draining = asyncio.Event()
+        self._give_up_s = math.inf  # monotonic time at which a leaving worker stops waiting for anything
         self._claim_nonce = ""
         self._decode_request = msgspec.msgpack.Decoder(Request).decode
         self._decode_handle = msgspec.msgpack.Decoder(KVHandle).decode
@@ -102,6 +104,8 @@ class Worker:
 
     def drain(self) -> None:
         """Stop claiming, finish what is held within `drain_s`, hand back the rest. May be called twice."""
+        if not self._draining.is_set():
+            self._give_up_s = time.monotonic() + self._settings.drain_s
         self._draining.set()
         self._bell.set()
 
@@ -221,14 +225,19 @@ class Worker:
                 log.exception("handler raised", request_id=held.id, stage=self._stage)
             return classify(error)
 
-    async def _settle(self, delivery: Delivery, outcome: Outcome) -> None:
-        """Say the outcome to Redis; while Redis is away, wait with it: the scripts may be repeated."""
+    async def _settle(self, delivery: Delivery, outcome: Outcome) -> bool:
+        """Say the outcome to Redis; while Redis is away, wait with it: the scripts may be repeated. A worker that has to leave
+        gives up and says so: the lease runs out and another one goes on."""
         while True:
             try:
                 await self._say(delivery, outcome)
-                return
+                return True
             except RedisUnavailable as error:
-                log.warning("outcome not written, trying again", request_id=delivery.id, error=str(error))
+                leaves = time.monotonic() >= self._give_up_s
+                then = "its lease runs out" if leaves else "trying again"
+                log.warning("outcome not written", request_id=delivery.id, then=then, error=str(error))
+                if leaves:
+                    return False
 
     async def _say(self, delivery: Delivery, outcome: Outcome) -> None:
         attempts = self._settings.max_attempts
@@ -343,9 +352,8 @@ class Worker:
 
     async def _finish_held(self) -> None:
         """Finish what is held, keep exported blocks until they are fetched; after `drain_s` hand back the rest."""
-        give_up_s = time.monotonic() + self._settings.drain_s
         log.info("draining", worker=self.name, held=len(self._holdings), handles=len(self._exported))
-        while (len(self._holdings) or self._exported) and time.monotonic() < give_up_s:
+        while (len(self._holdings) or self._exported) and time.monotonic() < self._give_up_s:
             self._bell.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.2):
@@ -354,7 +362,8 @@ class Worker:
             if held.job is not None:
                 held.job.cancel()
                 await asyncio.wait([held.job], timeout=5)
-            await self._settle(held.task.delivery, Retry("drained", counts=False))
+            if not await self._settle(held.task.delivery, Retry("drained", counts=False)):
+                return
 
 
 def _report_surprise(job: asyncio.Task[None]) -> None:

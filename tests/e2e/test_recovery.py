@@ -136,3 +136,25 @@ async def test_redis_dies_in_the_middle_of_streams_and_comes_back(short_dir: Pat
             await system.until(lambda: rests(system), 10)
     finally:
         server.stop()
+
+
+async def test_a_worker_leaves_also_when_redis_is_gone(short_dir: Path, tmp_path: Path) -> None:
+    server = RedisServer.start(short_dir)
+    server.wait_ready()
+    try:
+        settings = (*SETTINGS, "worker.drain_s=1", "redis.timeout_s=1")
+        async with System(server.url, *settings, log_dir=tmp_path) as system:
+            workers = [await system.worker("prefill"), await system.worker("decode")]
+            async with system.client() as client:
+                item = request(100, max_tokens=1000)
+                stream = await client.submit(item)
+                await system.until(lambda: logged(system, item, 5), 20)
+                server.process.kill()
+                for worker in workers:
+                    worker.terminate()
+                for worker in workers:
+                    await asyncio.to_thread(worker.wait, 30)
+                async with stream:
+                    pass
+    finally:
+        server.stop()

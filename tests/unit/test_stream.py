@@ -144,11 +144,23 @@ async def test_a_request_that_redis_does_not_know_ends_as_failed() -> None:
     assert stream.ended.state == "failed"
 
 
+async def test_a_lost_finish_reason_is_read_from_the_log() -> None:
+    store = Store()
+    store.written, store.ended = [6, 3], True
+    stream = open_stream(store)
+    for choice, log in enumerate(LOGS):
+        stream.feed(TokenItem("r", choice, 0, pack_tokens(log)))  # the frame with the reason and no token never comes
+    stream.feed_end(END)
+    tokens, seen = await read_all(stream)
+    assert tokens == LOGS
+    assert [chunk.finish_reason for chunk in seen if chunk.finish_reason] == [FinishReason.LENGTH] * 2
+
+
 @pytest.mark.parametrize("reason", ["", "length"])
 async def test_a_finish_without_tokens_is_given_once(reason: str) -> None:
     stream = open_stream(Store())
     for _ in range(3):
         stream.feed(TokenItem("r", 1, 0, b"", reason))
-    stream.feed_end(EndItem("r", "done", "", 4, 0, 0, "decode", Timeline()))
+    stream.feed_end(EndItem("r", "failed", "", 4, 0, 0, "decode", Timeline()))
     _, seen = await read_all(stream)
     assert len(seen) == (1 if reason else 0)
