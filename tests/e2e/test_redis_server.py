@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.processes import bound_command
-from pipeline.redis_server import RedisServer, RedisServerError, all_servers, ask_redis
+from pipeline.redis_server import RedisServer, RedisServerError, ServerProgram, all_servers, ask_redis, find_server
 
 WANTED_VERSIONS = ("6.2", "7.0", "8.2")
 REPOSITORY = Path(__file__).parents[2]
@@ -25,6 +25,20 @@ def test_version_is_covered_by_the_suite(version):
     found = [program.version_text for program in all_servers()]
     if not any(text.startswith(f"{version}.") for text in found):
         pytest.skip(f"no Redis {version} here; found {', '.join(found) or 'none'}")
+
+
+def test_an_activated_environment_finds_the_same_server(monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")
+    found = find_server()
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin")
+    assert find_server() == found
+
+
+def test_data_that_an_older_server_would_not_see_is_not_left_behind(short_dir):
+    (short_dir / "redis" / "appendonlydir").mkdir(parents=True)
+    older = ServerProgram(Path("redis-server"), "redis", (6, 2, 14), "PATH")
+    with pytest.raises(RedisServerError, match=r"was written by Redis 7 or newer, and redis 6\.2\.14 .* without it"):
+        RedisServer.start(short_dir, program=older)
 
 
 def test_the_server_keeps_a_log_of_all_writes_and_evicts_nothing(redis_server):
