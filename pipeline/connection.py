@@ -20,7 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from pipeline.config import RedisSettings
-from pipeline.errors import QueueFull, RedisUnavailable
+from pipeline.errors import ConfigError, QueueFull, RedisUnavailable
 from pipeline.keys import lua_prelude
 
 _LOST = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError, OSError)
@@ -202,11 +202,15 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _client(settings: RedisSettings, timeout_s: float | None) -> redis.asyncio.Redis:
     options: dict[str, Any] = {} if settings.url.startswith("unix") else {"socket_keepalive": True}
-    return redis.asyncio.Redis.from_url(
-        settings.url,
-        **options,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=settings.timeout_s,
-        retry=Retry(NoBackoff(), 0),
-        protocol=2,
-    )
+    try:
+        return redis.asyncio.Redis.from_url(
+            settings.url,
+            **options,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=settings.timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+        )
+    except ValueError:  # its text may hold a part of the password
+        text = "redis.url: expected redis://host:6379/0, rediss://host:6379/0 or unix:///path/redis.sock"
+        raise ConfigError(text) from None

@@ -15,7 +15,9 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline.cli.options import ConfigOption, JsonOption, SetOption, given
+from pipeline.cli.options import ConfigOption, Given, JsonOption, SetOption, given, running_redis
+from pipeline.errors import ConfigError
+from pipeline.settings_file import nearest
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 something failed; 2 wrong arguments or settings; 3 a port, folder or program cannot be had; "
@@ -70,7 +72,12 @@ def up(
 
 def api(config: ConfigOption = None, overrides: SetOption = None) -> None:
     """Run the HTTP API in this process."""
-    _become("api", given(config, overrides).arguments())
+    from pipeline.cli.up import free_port
+
+    source = given(config, overrides)
+    settings = source.settings().api
+    free_port(settings.host, settings.port)
+    _become("api", [], source)
 
 
 def worker(
@@ -82,7 +89,13 @@ def worker(
 ) -> None:
     """Run one worker in this process."""
     own = [word for flag, value in (("--pool", pool), ("--name", name)) if value for word in (flag, value)]
-    _become("workers", [stage, *own, *given(config, overrides).arguments()])
+    source = given(config, overrides)
+    pools = source.settings().pools
+    if pool is None and len(pools) > 1:
+        raise ConfigError(f"--pool: which one of {', '.join(pools)}?")
+    if pool is not None and pool not in pools:
+        raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, pools)}")
+    _become("workers", [stage, *own], source)
 
 
 def chat(
@@ -177,7 +190,12 @@ def set_router(
     asyncio.run(change_router(given(config, overrides), pool, changes, as_json=as_json))
 
 
-def _become(module: str, arguments: list[str]) -> None:
-    """Replaces this process: the border between packages is a border between processes."""
+def _become(module: str, own: list[str], source: Given) -> None:
+    """Replaces this process: the border between packages is a border between processes.
+
+    Without a `redis.url` it joins the `baton up` of this folder, as `baton chat` does. Raises RedisUnavailable.
+    """
+    redis = source.settings().redis
+    joined = [] if redis.url else ["--set", f"redis.url={running_redis(redis)}"]
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", module, *own, *source.arguments(), *joined])

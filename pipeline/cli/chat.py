@@ -74,9 +74,7 @@ def _ask(settings: Settings, question: Question, messages: list[Message], *, as_
     url = question.url or f"http://{settings.api.host}:{settings.api.port}"
     answer = asyncio.run(_stream(url, settings, body, None if as_json else console))
     if as_json:
-        print(
-            json.dumps({**answer._asdict(), "timeline": msgspec.to_builtins(answer.timeline), "spans": spans(answer)})
-        )
+        print(json.dumps({**answer._asdict(), "timeline": _named(answer.timeline), "spans": spans(answer)}))
     else:
         console.print()
         console.print(summary(answer), style="dim")
@@ -146,6 +144,11 @@ def spans(answer: Answer) -> dict[str, float]:
     if answer.completion_tokens > 1 and decode_s > 0:
         known["tokens_per_s"] = (answer.completion_tokens - 1) / decode_s
     return known
+
+
+def _named(timeline: Timeline | None) -> dict[str, int] | None:
+    """The stamps by name, in microseconds of Redis's clock; on the wire they are a bare array."""
+    return None if timeline is None else msgspec.structs.asdict(timeline)
 
 
 def summary(answer: Answer) -> str:

@@ -17,9 +17,11 @@ import dataclasses
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
+import sysconfig
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -37,6 +39,7 @@ from pipeline.connection import Connection
 from pipeline.errors import BatonError, RedisUnavailable
 from pipeline.keys import PoolKeys
 from pipeline.redis_server import RedisServer, find_server
+from pipeline.settings_file import load_settings
 from pipeline.snapshot import take_snapshot
 
 SAMPLE_QUESTION = "What is Baton?"
@@ -70,7 +73,7 @@ def free_port(host: str, port: int) -> int:
     except OSError as error:
         raise PortTaken(
             f"port {port} on {host} cannot be used ({os.strerror(error.errno or 0)}): stop the program that has it, "
-            "or choose another with --port 8001 or BATON_API_PORT=8001"
+            "or choose another with --set api.port=8001 or BATON_API_PORT=8001"
         ) from error
 
 
@@ -206,12 +209,19 @@ class Up:
     def _say_hints(self) -> None:
         model = next(iter(self._settings.pools))
         body = {"model": model, "messages": [{"role": "user", "content": "Tell me a story."}], "stream": True}
-        self._say("try it from another terminal (or: baton chat):")
+        self._say(f"try it from another terminal (or: {self._chat_command()}):")
         line = (
             f"curl -N {self._base_url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
         )
         self._terminal.write(f"\n  {line}\n\n")
         self._say("serving; Ctrl-C stops everything in order")
+
+    def _chat_command(self) -> str:
+        """`baton chat` as it reaches this API from another terminal of this folder."""
+        program = "baton" if shutil.which("baton") else os.path.relpath(Path(sysconfig.get_path("scripts"), "baton"))
+        there = load_settings(self._source.path, os.environ, []).api
+        is_found = (there.host, there.port) == (self._settings.api.host, self._settings.api.port)
+        return f"{program} chat" if is_found else f"{program} chat --url {self._base_url}"
 
     # -- run --------------------------------------------------------------------------------------------------------------
 

@@ -94,6 +94,16 @@ def test_errors_are_one_line_with_their_exit_code():
         ),
         (["chat", "hi", "--url", "http://127.0.0.1:9"], {}, 4, "baton: no answer from http://127.0.0.1:9"),
         (["config", "set-router", "--redis-url"], {}, 2, "Usage: baton"),
+        (
+            ["worker", "decode", "--pool", "baton-tin"],
+            {},
+            2,
+            "baton: --pool: unknown pool baton-tin; did you mean baton-t",
+        ),
+        (["worker", "decode", "--set", "redis.run_dir=none"], {}, 4, "baton: no Redis: redis.url is empty and "),
+        (["worker", "decode", "--set", "pools.b.engine=mock"], {}, 2, "baton: --pool: which one of baton-tiny, b?\n"),
+        (["api", "--set", "api.prot=1"], {}, 2, "baton: --set: unknown key api.prot; did you mean api.port?\n"),
+        (["config", "set-router"], {"BATON_REDIS_URL": "localhost:6379"}, 2, "baton: redis.url: expected redis://host"),
     ]:
         result = baton(*words, **env)
         assert (result.returncode, result.stdout) == (code, "")
@@ -108,7 +118,7 @@ def test_up_refuses_a_taken_port_before_anything_starts(tmp_path):
     assert result.stdout == ""
     assert result.stderr == (
         f"baton: port {port} on 127.0.0.1 cannot be used (Address already in use): stop the program that has it, "
-        "or choose another with --port 8001 or BATON_API_PORT=8001\n"
+        "or choose another with --set api.port=8001 or BATON_API_PORT=8001\n"
     )
     assert not (tmp_path / "run").exists()
 
