@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from pipeline.config import RedisSettings, Settings
+from pipeline.config import ApiSettings, RedisSettings, Settings
 from pipeline.errors import RedisUnavailable
 from pipeline.settings_file import ENV_FILE, Value, collect_values, load_settings, settings_path
 
@@ -47,6 +47,12 @@ def given(config: Path | None, overrides: Sequence[str] | None, **named: object)
     path = settings_path(config, os.environ)
     flags = [f"{key.replace('__', '.')}={value}" for key, value in named.items() if value is not None]
     return Given(path.absolute() if path else None, [*(overrides or ()), *flags])
+
+
+def api_url(settings: ApiSettings) -> str:
+    """Where the API is reached from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
 
 
 def running_redis(settings: RedisSettings) -> str:

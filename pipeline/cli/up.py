@@ -33,7 +33,7 @@ import msgspec
 from pipeline.cli.children import Child, ChildEnded, Restarts, Terminal, ending
 from pipeline.cli.exits import Exit, PortTaken, exit_for
 from pipeline.cli.openai_stream import stream_chat
-from pipeline.cli.options import Given
+from pipeline.cli.options import Given, api_url
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, RedisUnavailable
@@ -72,7 +72,7 @@ def free_port(host: str, port: int) -> int:
             return int(probe.getsockname()[1])
     except OSError as error:
         raise PortTaken(
-            f"port {port} on {host} cannot be used ({os.strerror(error.errno or 0)}): stop the program that has it, "
+            f"port {port} on {host} cannot be used ({error.strerror}): stop the program that has it, "
             "or choose another with --set api.port=8001 or BATON_API_PORT=8001"
         ) from error
 
@@ -277,9 +277,7 @@ class Up:
 
     @property
     def _base_url(self) -> str:
-        api = self._settings.api
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(api.host, api.host)
-        return f"http://{host}:{api.port}"
+        return api_url(self._settings.api)
 
     def _say(self, text: str) -> None:
         self._terminal.line("baton", text)

@@ -17,8 +17,9 @@ from pipeline.cli.chat import Answer, spans, summary
 from pipeline.cli.children import Restarts, ending
 from pipeline.cli.doctor import Grade, check_redis_settings, check_redis_version, check_shared_memory
 from pipeline.cli.exits import Exit, NoAnswer, PortTaken, exit_for
+from pipeline.cli.options import api_url
 from pipeline.cli.up import Counts, free_port, worker_places
-from pipeline.config import TransferSettings
+from pipeline.config import ApiSettings, TransferSettings
 from pipeline.errors import ConfigError, RedisUnavailable, RequestFailed
 from pipeline.protocol import Timeline
 from pipeline.redis_server import RedisServerError
@@ -121,6 +122,24 @@ def test_up_refuses_a_taken_port_before_anything_starts(tmp_path):
         "or choose another with --set api.port=8001 or BATON_API_PORT=8001\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_host_that_is_none_is_named_as_such():
+    with pytest.raises(PortTaken, match=r"port 0 on no\.host\.invalid cannot be used \((?!Unknown error).+\)"):
+        free_port("no.host.invalid", 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("::1", "http://[::1]:8000"),
+        ("::", "http://[::1]:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("a", "http://a:8000"),
+    ],
+)
+def test_an_address_becomes_a_url(host, url):
+    assert api_url(ApiSettings(host=host)) == url
 
 
 def test_port_zero_is_a_free_one():
