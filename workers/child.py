@@ -97,6 +97,8 @@ class ChildEngine:
         except asyncio.CancelledError:
             with contextlib.suppress(EngineDied):
                 self._send(m.Cancel(request_id, None))
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._free_unheard(future.result())  # it came in the moment of the cancellation
             raise
         finally:
             self._calls.pop(call, None)
@@ -168,7 +170,10 @@ class ChildEngine:
                 self._take(decode(await m.receive(reader)))
                 self.heard_s = time.monotonic()
         except (asyncio.IncompleteReadError, ConnectionError):
-            self._died()
+            code = self._process.poll() if self._process else None
+            self._died(f"the engine's process ended (exit status {code})")
+        except Exception as error:  # noqa: BLE001  # nothing after it can be understood: better no engine than a deaf one
+            self._died(f"the engine's process sent what cannot be read: {error}")
 
     def _take(self, message: m.FromChild) -> None:
         match message:
@@ -179,6 +184,8 @@ class ChildEngine:
             case m.PrefillAnswer() | m.DecodeAnswer():
                 if (future := self._calls.get(message.call)) and not future.done():
                     future.set_result(message)
+                else:
+                    self._free_unheard(message)
             case m.Failed():
                 future_ = self._started if message.call == 0 else self._calls.get(message.call)
                 if future_ is not None and not future_.done():
@@ -187,9 +194,14 @@ class ChildEngine:
                 if self._started is not None and not self._started.done():
                     self._started.set_result(message.info)
 
-    def _died(self) -> None:
-        code = self._process.poll() if self._process else None
-        error = EngineDied(f"the engine's process ended (exit status {code}); its tasks are handed back")
+    def _free_unheard(self, answer: m.PrefillAnswer | m.DecodeAnswer) -> None:
+        """Nobody waits for this answer any more: nobody else will ever free the blocks that it exported."""
+        if isinstance(answer, m.PrefillAnswer) and answer.prefilled.kv is not None:
+            with contextlib.suppress(EngineDied):
+                self._send(m.Release(answer.prefilled.kv.id))
+
+    def _died(self, why: str) -> None:
+        error = EngineDied(f"{why}; its tasks are handed back")
         if self._writer is not None:
             self._writer.close()
         for future in (self._started, *self._calls.values()):
@@ -250,6 +262,7 @@ class _Host:
                     task = asyncio.create_task(self._answer(engine, message))
                     self._running.add(task)
                     task.add_done_callback(self._running.discard)
+                    await asyncio.sleep(0)  # it is in the engine before a cancellation that lies behind it is read
                 case m.Cancel():
                     await engine.cancel(message.request_id, message.choice)
                 case m.Release():
