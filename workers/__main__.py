@@ -17,7 +17,7 @@ from pipeline.errors import BatonError, ConfigError
 from pipeline.ids import new_process_name
 from pipeline.logs import configure
 from pipeline.processes import die_with_parent
-from pipeline.protocol import LLMEngineOutput
+from pipeline.protocol import FinishReason, LLMEngineOutput
 from pipeline.settings_file import add_arguments, settings_from
 from workers import decode, prefill
 from workers.child import ChildEngine
@@ -82,9 +82,12 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
 
     steps = StepWriter(worker.queue, holdings, stop=stop)
 
-    def take(outputs: list[LLMEngineOutput]) -> None:
+    async def take(outputs: list[LLMEngineOutput]) -> None:
         kept = stops.cut_all(outputs)
         steps.put(kept)
+        for output in kept:
+            if output.finish_reason is FinishReason.STOP:  # of a stop string the engine knows nothing: it would go on
+                await engine.cancel(output.request_id, output.choice)
 
     if stage == "prefill":
         prefill.register(worker, engine, stops)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 import structlog
@@ -23,7 +23,7 @@ class EngineSupervisor:
 
     def __init__(
         self, engine: ChildEngine, holdings: Holdings, settings: WorkerSettings, *,
-        on_outputs: Callable[[list[LLMEngineOutput]], None], on_change: Callable[[], None],
+        on_outputs: Callable[[list[LLMEngineOutput]], Awaitable[None]], on_change: Callable[[], None],
     ) -> None:  # fmt: skip
         self.is_up = False
         self._engine = engine
@@ -45,7 +45,7 @@ class EngineSupervisor:
             stalls = asyncio.create_task(self._watch_for_stall(), name="engine stall watch")
             try:
                 async for outputs in self._engine.steps():
-                    self._on_outputs(outputs)
+                    await self._on_outputs(outputs)
                     delay_s = 0.2
             except EngineDied as error:
                 self.is_up = False

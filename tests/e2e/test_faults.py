@@ -1,0 +1,42 @@
+"""What happens in the wrong moment: nothing leaks, nobody dies of it, nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+
+from pipeline.config import RedisSettings
+from pipeline.connection import Connection
+from pipeline.queue import Limits, PoolQueue, Verdict
+from pipeline.redis_server import RedisServer
+from tests.proxy import LossyProxy
+from tests.system import POOL, System, collect, request
+
+LIMITS = Limits(max_waiting_tasks=9, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)
+
+
+async def figure(system: System, role: str, name: str) -> int:
+    """What the only worker of a role last said of its engine."""
+    (worker,) = await system.alive(role)
+    info = await system.connection.command("HGET", system.keys.worker(worker), "info")
+    return int(json.loads(info)["stats"][name])
+
+
+async def figure_is(system: System, role: str, name: str, value: int) -> bool:
+    return await figure(system, role, name) == value
+
+
+async def test_the_engine_stops_at_a_stop_string(default_redis_url: str, tmp_path: Path) -> None:
+    slow = ("worker.lease_s=1", "engine.mock.decode_base_ms=20")
+    async with System(default_redis_url, *slow, log_dir=tmp_path) as system:
+        await system.worker("prefill")
+        await system.worker("decode")
+        async with system.client() as client:
+            item = request(30, n=2, max_tokens=20_000, stop=["a", "e", "i", "o"])
+            tokens, ended = await collect(await client.submit(item), 2)
+            assert ended.state == "done"
+            assert all(len(choice) < 20_000 for choice in tokens)
+            await system.until(lambda: figure(system, "decode", "output_tokens"), 10)  # it has told of this request
+            await system.until(lambda: figure_is(system, "decode", "running", 0), 10)
