@@ -1,4 +1,5 @@
-"""A proxy between a process and Redis that can lose a reply: the command is carried out, the line is cut before the answer."""
+"""A proxy between a process and Redis. It can lose a reply (the command is carried out, the line is cut before the answer) and hold
+a command back."""
 
 from __future__ import annotations
 
@@ -18,6 +19,9 @@ class LossyProxy:
         self._server: asyncio.Server | None = None
         self._pipes: set[asyncio.Task[None]] = set()
         self.lost = 0
+        self._hold: bytes | None = None
+        self.holds = asyncio.Event()  # a command is held back
+        self._let_go = asyncio.Event()
 
     @property
     def url(self) -> str:
@@ -38,6 +42,14 @@ class LossyProxy:
     def lose_next_reply(self, needle: bytes) -> None:
         """Arm the proxy."""
         self._needle = needle
+
+    def hold_next(self, needle: bytes) -> None:
+        """Keep the next command that contains `needle` from Redis until `let_go`."""
+        self._hold = needle
+
+    def let_go(self) -> None:
+        """Pass on what is held back."""
+        self._let_go.set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -64,6 +76,10 @@ class LossyProxy:
             if self._needle is not None and self._needle in data:
                 self._needle = None
                 cut.set()
+            if self._hold is not None and self._hold in data:
+                self._hold = None
+                self.holds.set()
+                await self._let_go.wait()
             up.write(data)
             await up.drain()
 

@@ -40,6 +40,7 @@ class Held:
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.job: asyncio.Task[None] | None = None
         self.dropped = ""  # why this delivery is not ours any more
+        self.is_settling = False  # its handler is done: what is left to say frees what it holds, and is not interrupted
 
     def blocks(self, block_size: int) -> int:
         """Upper bound of the blocks that it may use in its next step, sharing left out."""
@@ -63,7 +64,7 @@ class Held:
     def drop(self, why: str) -> None:
         """It is not ours any more: stop its handler, say nothing."""
         self.dropped = self.dropped or why
-        if self.job is not None:
+        if self.job is not None and not self.is_settling:
             self.job.cancel()
 
 

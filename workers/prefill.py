@@ -14,9 +14,9 @@ def register(worker: Worker, engine: AsyncEngine, stops: StopStrings) -> None:
 
     @worker.task("prefill", queue="prefill")
     async def prefill(task: Task) -> Outcome:
-        prefilled = await engine.prefill(task.request.input, task.log)
-        await stops.open(task)
+        await stops.open(task)  # before there are blocks that an interruption here would leave behind
         try:
+            prefilled = await engine.prefill(task.request.input, task.log)
             return Handover(stops.cut_all(prefilled.outputs), prefilled.kv, prefilled.cached_tokens)
         finally:
             stops.forget(task.delivery.key)

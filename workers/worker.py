@@ -197,6 +197,7 @@ class Worker:
         self._holdings.add(held)
         try:
             outcome = await self._run(held)
+            held.is_settling = True
             await self._settle(delivery, outcome)
         finally:
             self._holdings.remove(held)

@@ -40,3 +40,25 @@ async def test_the_engine_stops_at_a_stop_string(default_redis_url: str, tmp_pat
             assert all(len(choice) < 20_000 for choice in tokens)
             await system.until(lambda: figure(system, "decode", "output_tokens"), 10)  # it has told of this request
             await system.until(lambda: figure_is(system, "decode", "running", 0), 10)
+
+
+async def test_blocks_are_freed_when_a_cancellation_overtakes_the_handover(
+    default_redis_url: str, short_dir: Path
+) -> None:
+    async with (
+        LossyProxy(default_redis_url.removeprefix("unix://"), short_dir) as proxy,
+        System(default_redis_url, "worker.lease_s=1") as system,
+    ):
+        system.overrides.append(f"redis.url={proxy.url}")  # of the worker only
+        await system.worker("prefill")
+        async with system.client() as client:
+            proxy.hold_next(b"kv_handle.v1")  # only a handover carries it
+            stream = await client.submit(request(50))
+            async with asyncio.timeout(10):
+                await proxy.holds.wait()
+            await system.until(lambda: figure_is(system, "prefill", "handles_exported", 1), 10)
+            await stream.cancel("test")
+            assert (await collect(stream))[1].state == "cancelled"
+            await asyncio.sleep(0.2)
+            proxy.let_go()
+            await system.until(lambda: figure_is(system, "prefill", "handles_exported", 0), 10)
