@@ -62,3 +62,21 @@ async def test_blocks_are_freed_when_a_cancellation_overtakes_the_handover(
             await asyncio.sleep(0.2)
             proxy.let_go()
             await system.until(lambda: figure_is(system, "prefill", "handles_exported", 0), 10)
+
+
+async def test_a_worker_drains_although_redis_is_away(
+    default_redis_server: RedisServer, default_redis_url: str, tmp_path: Path
+) -> None:
+    slow = ("worker.drain_s=0.5", "redis.timeout_s=1", "engine.mock.decode_base_ms=20")
+    async with System(default_redis_url, *slow, log_dir=tmp_path) as system:
+        decode = await system.worker("decode")
+        async with system.client() as client:
+            stream = await client.submit(request(30, max_tokens=5000))
+            await system.until(lambda: system.counter("claimed:decode:default"), 20)
+            default_redis_server.process.send_signal(signal.SIGSTOP)
+            try:
+                decode.send_signal(signal.SIGTERM)
+                assert await asyncio.to_thread(decode.wait, 40) == 0
+            finally:
+                default_redis_server.process.send_signal(signal.SIGCONT)
+            await stream.cancel("test")
