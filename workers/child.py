@@ -125,6 +125,10 @@ class ChildEngine:
         """The figures that the child sent last."""
         return self._stats
 
+    def is_busy(self) -> bool:
+        """Whether the child has something to compute, as far as it has said."""
+        return bool(self._calls) or self._stats.running + self._stats.waiting > 0
+
     async def close(self) -> None:
         """Ask the child to close and wait; kill it when it takes longer than 10 s. May be called twice."""
         process, self._process = self._process, None

@@ -79,12 +79,17 @@ class EngineSupervisor:
         while True:
             await asyncio.sleep(min(1.0, self._settings.stall_s / 4))
             now_s = time.monotonic()
-            if not len(self._holdings) or self._engine.stats().steps != steps:
+            if not self._has_work() or self._engine.stats().steps != steps:
                 steps, moved_s = self._engine.stats().steps, now_s
             elif now_s - moved_s > self._settings.stall_s:
                 log.error("engine stalled, stopping it", pid=self._engine.pid, seconds=round(now_s - moved_s, 1))
                 await self._engine.kill()
                 return
+
+    def _has_work(self) -> bool:
+        """What is held may only wait for Redis to take it; a child that says nothing has not told what else it has."""
+        is_silent = time.monotonic() - self._engine.heard_s > self._settings.stall_s / 4
+        return len(self._holdings) > 0 and (is_silent or self._engine.is_busy())
 
     async def close(self) -> None:
         """Stop the engine in good order."""

@@ -64,6 +64,26 @@ async def test_blocks_are_freed_when_a_cancellation_overtakes_the_handover(
             await system.until(lambda: figure_is(system, "prefill", "handles_exported", 0), 10)
 
 
+async def test_an_engine_that_waits_for_redis_is_not_stalled(
+    default_redis_server: RedisServer, default_redis_url: str, tmp_path: Path
+) -> None:
+    fast_limits = ("worker.stall_s=1", "redis.timeout_s=1", "engine.mock.decode_base_ms=10")
+    async with System(default_redis_url, *fast_limits, log_dir=tmp_path) as system:
+        await system.worker("decode")
+        (path,) = tmp_path.glob("workers-decode-*.log")
+        async with system.client() as client:
+            item = request(30, max_tokens=60)
+            reading = asyncio.create_task(collect(await client.submit(item)))
+            await system.until(lambda: system.counter("claimed:decode:default"), 20)
+            default_redis_server.process.send_signal(signal.SIGSTOP)
+            try:
+                await system.until(lambda: path.read_text().count("step not written") >= 4, 30)
+            finally:
+                default_redis_server.process.send_signal(signal.SIGCONT)
+            assert (await reading)[1].state == "done"
+            assert "engine stalled" not in path.read_text()
+
+
 async def test_a_worker_drains_although_redis_is_away(
     default_redis_server: RedisServer, default_redis_url: str, tmp_path: Path
 ) -> None:
