@@ -25,6 +25,18 @@ from pipeline.keys import lua_prelude
 
 _LOST = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError, OSError)
 
+# what a server says while it cannot write: full, a replica (fail-over), without disk, in a long script, in a cluster that moves
+_PASSING = (
+    exceptions.OutOfMemoryError, exceptions.ReadOnlyError, exceptions.ClusterDownError, exceptions.TryAgainError
+)  # fmt: skip
+_PASSING_WORDS = (
+    "OOM command not allowed",
+    "READONLY",
+    "MISCONF",
+    "BUSY ",
+    "NOREPLICAS",
+)  # 6.2 wraps what a script was told
+
 MAX_CONNECTIONS = 32
 
 Arg = str | bytes | int | float
@@ -61,12 +73,11 @@ class Connection:
             try:
                 return await self._evaluate(script, root, args)
             except (*_LOST, exceptions.ResponseError) as error:
-                if isinstance(error, (exceptions.AuthenticationError, exceptions.ResponseError)):
-                    if not _is_out_of_memory(error):
-                        raise  # our own mistake: repeating it cannot help
-                    if not waits_for_memory:
-                        full = f"Redis is out of memory ({script.name}): nothing was stored, try again later"
-                        raise QueueFull(full, retry_after_s=5.0) from error
+                if not _passes(error):
+                    raise  # our own mistake: repeating it cannot help
+                if _is_out_of_memory(error) and not waits_for_memory:
+                    full = f"Redis is out of memory ({script.name}): nothing was stored, try again later"
+                    raise QueueFull(full, retry_after_s=5.0) from error
                 if time.monotonic() + delay_s > give_up:
                     raise RedisUnavailable(
                         f"no answer from Redis to {script.name} within {self._settings.timeout_s:g} s: {error}"
@@ -92,7 +103,9 @@ class Connection:
         """One plain command that is safe to lose. Raises `RedisUnavailable`."""
         try:
             return await self._execute(*args)
-        except _LOST as error:
+        except (*_LOST, exceptions.ResponseError) as error:
+            if not _passes(error):
+                raise
             raise RedisUnavailable(f"no answer from Redis to {args[0]!s}: {error}") from error
 
     async def commands(self, *rows: Sequence[Arg]) -> list[Any]:
@@ -103,7 +116,9 @@ class Connection:
                     pipe.execute_command(*row)
                 with _cancellation_kept():
                     return list(await pipe.execute())
-        except _LOST as error:
+        except (*_LOST, exceptions.ResponseError) as error:
+            if not _passes(error):
+                raise
             raise RedisUnavailable(f"no answer from Redis to {rows[0][0]!s}: {error}") from error
 
     async def subscribe(self, *channels: str) -> Subscription:
@@ -193,6 +208,14 @@ def _cancellation_kept() -> Iterator[None]:
     yield
     if task and task.cancelling() > before:
         raise asyncio.CancelledError
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same call may succeed later."""
+    if isinstance(error, exceptions.AuthenticationError):
+        return False
+    is_refusal = isinstance(error, exceptions.ResponseError) and not isinstance(error, _PASSING)
+    return not is_refusal or any(word in str(error) for word in _PASSING_WORDS)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -64,6 +64,24 @@ async def test_blocks_are_freed_when_a_cancellation_overtakes_the_handover(
             await system.until(lambda: figure_is(system, "prefill", "handles_exported", 0), 10)
 
 
+async def test_workers_outlive_a_redis_that_takes_no_writes(default_redis_url: str, tmp_path: Path) -> None:
+    async with System(default_redis_url, "redis.timeout_s=1", log_dir=tmp_path) as system:
+        prefill, decode = await system.worker("prefill"), await system.worker("decode")
+        logs = list(tmp_path.glob("workers-*.log"))
+
+        def said() -> bool:
+            return all("cannot claim, trying again" in path.read_text() for path in logs)
+
+        async with system.client() as client:
+            await system.connection.command("REPLICAOF", "127.0.0.1", "1")  # a fail-over that went to another
+            try:
+                await system.until(lambda: said() or prefill.poll() is not None or decode.poll() is not None, 20)
+            finally:
+                await system.connection.command("REPLICAOF", "NO", "ONE")
+            assert (prefill.poll(), decode.poll()) == (None, None)
+            assert (await collect(await client.submit(request(30))))[1].state == "done"
+
+
 async def test_an_engine_that_waits_for_redis_is_not_stalled(
     default_redis_server: RedisServer, default_redis_url: str, tmp_path: Path
 ) -> None:
