@@ -205,9 +205,11 @@ def _cancellation_kept() -> Iterator[None]:
     arrives together with the end of a write (Python 3.11), and a task that was cancelled would then run for ever."""
     task = asyncio.current_task()
     before = task.cancelling() if task else 0
-    yield
-    if task and task.cancelling() > before:
-        raise asyncio.CancelledError
+    try:
+        yield
+    finally:  # whatever else the call raised: a caller would take that for a lost connection and go on
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _passes(error: Exception) -> bool:

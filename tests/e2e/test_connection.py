@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from pipeline.config import RedisSettings
-from pipeline.connection import Connection
+from pipeline.connection import Connection, _cancellation_kept
 from pipeline.redis_server import RedisServer
 from tests.system import System
 
@@ -55,3 +57,20 @@ async def test_more_calls_than_connections_wait_for_one_another(default_redis_ur
     answers = await asyncio.gather(*(connection.command("INCR", "counted") for _ in range(400)))
     assert sorted(answers) == list(range(1, 401))
     await connection.close()
+
+
+async def test_a_cancellation_that_meets_a_lost_connection_is_kept() -> None:
+    """As `asyncio.wait_for` of Python 3.11 does it: the cancellation is swallowed, the call's own error is raised."""
+
+    async def call() -> None:
+        with _cancellation_kept():
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                raise ConnectionError("lost in the same moment") from None
+
+    task = asyncio.create_task(call())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
