@@ -1,9 +1,15 @@
--- A worker has left in good order: forget it at once.
+-- A worker has left in good order: forget it at once, or as soon as its own lane is empty.
 -- KEYS: root
 -- ARGV: role, name
 -- Answers: 1
 -- Called twice: there is nothing left to forget.
-if redis.call('ZREM', key_alive(ARGV[1]), ARGV[2]) == 1 then ring('pool') end
+local own = key_lane(ARGV[1], '@' .. ARGV[2])
+if redis.call('XLEN', own) > 0 then -- sweeps move what waits there, then forget the name
+  if redis.call('ZADD', key_alive(ARGV[1]), 'XX', 'CH', 0, ARGV[2]) == 1 then ring('pool') end
+else
+  redis.call('DEL', own)
+  if redis.call('ZREM', key_alive(ARGV[1]), ARGV[2]) == 1 then ring('pool') end
+end
 redis.call('DEL', key_worker(ARGV[2]))
 for _, stage in ipairs({'prefill', 'decode'}) do
   for _, lane in ipairs({'high', 'default', 'low', '@' .. ARGV[2]}) do

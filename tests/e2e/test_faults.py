@@ -98,6 +98,22 @@ async def test_what_waits_is_claimed_and_read_while_memory_is_full(redis_url: st
         await connection.close()
 
 
+async def test_what_waits_on_the_lane_of_a_worker_that_leaves_goes_to_others(redis_url: str) -> None:
+    connection = Connection(RedisSettings(url=redis_url))
+    queue = PoolQueue(connection, POOL)
+    for name in ("d1", "d2"):
+        await queue.renew("decode", name, b"", 30)
+    item = request(30)
+    await queue.admit(item, stage="decode", lane="@d1", blocks=2, api="a", limits=LIMITS)
+    await queue.leave("decode", "d1")
+    await queue.leave("decode", "d1")
+    await queue.sweep("d2", interval_s=0.001, lease_s=30, max_attempts=3)
+    delivery = await queue.claim("decode", "d2", ["@d2", "default"], free_blocks=9, total_blocks=9, overtake_ms=1000)
+    assert delivery is not None
+    assert delivery.id == item.id
+    await connection.close()
+
+
 async def test_an_engine_that_waits_for_redis_is_not_stalled(
     default_redis_server: RedisServer, default_redis_url: str, tmp_path: Path
 ) -> None:
