@@ -7,7 +7,8 @@
 -- Called twice: one nonce gives the same task again while it is still this worker's at that epoch, else {}.
 local stage, worker, nonce = ARGV[1], ARGV[2], ARGV[3]
 local free, total, newest, overtake_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local SCAN = 16 -- entries of a lane that are looked at
+local PASSED = 16 -- tasks of a lane that may be passed over because they do not fit now
+local LOOKED_AT = 256 -- entries of a lane that are looked at
 
 local function describe(id)
   local h = redis.call('HMGET', key_req(id), 'epoch', 'body', 'stage', 'lane', 'handle', 'attempts', 'deadline', 'api', 'n', 'tokens')
@@ -40,15 +41,19 @@ local function take(id, lane, tokens)
   return describe(id)
 end
 
--- 'gone', 'late', 'take', 'pass' (leave it for others) or 'hold' (and let nothing overtake it here)
+-- 'gone', 'late', 'take', 'never' (not on this worker), 'pass' (leave it for others) or 'hold' (and let nothing overtake it here)
 local function judge(e, entry)
   if not e then return 'gone' end
   if e.deadline <= now_ms then return 'late' end
-  if tonumber(e.v) > newest or tonumber(e.blocks) > total then return 'pass' end
+  if tonumber(e.v) > newest or tonumber(e.blocks) > total then return 'never' end
   if tonumber(e.blocks) <= free then return 'take' end
   local added_ms = tonumber(string.match(entry, '^%d+'))
   if now_ms - added_ms > overtake_ms then return 'hold' end
   return 'pass'
+end
+
+local function parked_after(lane_key, from)
+  return redis.call('XPENDING', lane_key, GROUP, from, '+', 16, PARKED)
 end
 
 for i = 8, #ARGV do
@@ -56,8 +61,10 @@ for i = 8, #ARGV do
   local lane_key = key_lane(stage, lane)
   if redis.call('XLEN', lane_key) > 0 then
     local cursor = last_delivered(lane_key)
-    local parked = redis.call('XPENDING', lane_key, GROUP, '-', '+', SCAN, PARKED)
-    for _, p in ipairs(parked) do
+    local looked_at, passed, parked = 0, 0, parked_after(lane_key, '-')
+    while #parked > 0 and looked_at < LOOKED_AT do
+      local p = table.remove(parked, 1)
+      looked_at = looked_at + 1
       local row = redis.call('XRANGE', lane_key, p[1], p[1])[1]
       local e = row and entry_of(stage, lane, p[1], row[2])
       local verdict = judge(e, p[1])
@@ -71,10 +78,12 @@ for i = 8, #ARGV do
         ack(stage, lane, p[1])
       elseif verdict == 'hold' then
         return {}
+      elseif verdict == 'pass' then
+        passed = passed + 1
       end
+      if #parked == 0 then parked = parked_after(lane_key, '(' .. p[1]) end
     end
-    local passed = #parked
-    for _ = 1, SCAN do
+    for _ = looked_at + 1, LOOKED_AT do
       local row = peek_after(lane_key, cursor)
       if not row then break end
       local e = entry_of(stage, lane, row[1], row[2])
@@ -92,7 +101,9 @@ for i = 8, #ARGV do
         ack(stage, lane, row[1])
       elseif verdict == 'hold' then
         return {}
-      elseif passed >= SCAN then
+      elseif verdict == 'never' then
+        deliver_next(lane_key, PARKED)
+      elseif passed >= PASSED then
         break
       else
         deliver_next(lane_key, PARKED)

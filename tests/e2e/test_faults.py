@@ -15,6 +15,7 @@ from tests.proxy import LossyProxy
 from tests.system import POOL, System, collect, request
 
 LIMITS = Limits(max_waiting_tasks=9, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)
+MANY = Limits(max_waiting_tasks=99, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)
 
 
 async def figure(system: System, role: str, name: str) -> int:
@@ -150,3 +151,22 @@ async def test_a_worker_drains_although_redis_is_away(
             finally:
                 default_redis_server.process.send_signal(signal.SIGCONT)
             await stream.cancel("test")
+
+
+async def test_tasks_that_never_fit_a_worker_hold_nobody_up(redis_url: str) -> None:
+    connection = Connection(RedisSettings(url=redis_url))
+    queue = PoolQueue(connection, POOL)
+    for blocks in (100,) * 40 + (5,):
+        item = request(3)
+        await queue.admit(item, stage="decode", lane="default", blocks=blocks, api="a", limits=MANY)
+    small = await queue.claim("decode", "d1", ["default"], free_blocks=9, total_blocks=9, overtake_ms=1000)
+    assert small is not None
+    assert small.id == item.id
+    assert await queue.hand_back(small, "d1", counts=False, max_attempts=3, why="test") == "parked"
+    again = await queue.claim("decode", "d1", ["default"], free_blocks=9, total_blocks=9, overtake_ms=1000)
+    assert again is not None
+    assert again.id == item.id
+    for _ in range(40):  # and a larger worker finds every one of them
+        large = await queue.claim("decode", "d2", ["default"], free_blocks=100, total_blocks=100, overtake_ms=1000)
+        assert large is not None
+    await connection.close()
