@@ -18,7 +18,7 @@ from pipeline.connection import Connection, Subscription
 from pipeline.errors import BatonError, QueueFull, RedisUnavailable
 from pipeline.protocol import EndItem, FrameItem, Request
 from pipeline.queue import Limits, PoolQueue, Standing
-from pipeline.routing import DisaggregatedRouter, Route, retry_after_s
+from pipeline.routing import DisaggregatedRouter, retry_after_s
 from pipeline.snapshot import PoolSnapshot, take_snapshot
 from pipeline.stream import RequestStream
 
@@ -55,6 +55,7 @@ class PoolClient:
         self._silence_s = silence_s
         self._streams: dict[str, list[RequestStream]] = {}
         self._snapshot = PoolSnapshot()
+        self._load = self._snapshot.load()
         self._drained_per_s: dict[str, float] = {}
         self._router = DisaggregatedRouter(router)
         self._subscription: Subscription | None = None
@@ -89,7 +90,8 @@ class PoolClient:
     ) -> RequestStream:
         """Admit a request and stream it. Raises `QueueFull` with `retry_after_s`, `RedisUnavailable`."""
         prompt_tokens, n = len(request.input.token_ids), request.input.sampling_options.n
-        route = self._route(prompt_tokens, priority)
+        blocks = blocks_needed(prompt_tokens, n, self._block_size)
+        route = self._router.route(prompt_tokens, 0, self._load, priority, blocks=blocks)
         stream = self._open(request.id, n)
         limits = Limits(
             self._settings.max_waiting_tasks, self._settings.max_waiting_tokens,
@@ -97,7 +99,7 @@ class PoolClient:
         )  # fmt: skip
         try:
             await self.queue.admit(
-                request, stage=route.stage, lane=route.lane, blocks=blocks_needed(prompt_tokens, n, self._block_size),
+                request, stage=route.stage, lane=route.lane, blocks=blocks,
                 api=self._name, limits=limits, priority=priority,
             )  # fmt: skip
         except QueueFull as refusal:
@@ -123,9 +125,6 @@ class PoolClient:
     async def snapshot(self) -> PoolSnapshot:
         """The pool as it was at most half a second ago."""
         return self._snapshot
-
-    def _route(self, prompt_tokens: int, lane: str) -> Route:
-        return self._router.route(prompt_tokens, 0, self._snapshot.load(), lane)
 
     def _open(self, request_id: str, choices: int, *, watch: bool = False) -> RequestStream:
         async def read(request_id: str) -> Standing | None:
@@ -222,6 +221,7 @@ class PoolClient:
     async def _refresh(self) -> None:
         await self.queue.renew("api", self._name, b"", self._worker.lease_s)
         before, self._snapshot = self._snapshot, await take_snapshot(self._connection, self.queue.keys)
+        self._load = self._snapshot.load()
         self._router = DisaggregatedRouter(self._snapshot.router(self._initial_router))
         self._drained_per_s = drained_per_s(self._drained_per_s, before, self._snapshot)
 

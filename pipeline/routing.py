@@ -18,11 +18,13 @@ class Route:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PoolLoad:
-    """What the router knows of a pool: waiting prefill tasks, and how many workers of each stage live."""
+    """What the router knows of a pool: waiting prefill tasks, how many workers of each stage live, and the blocks of the largest
+    task that one of the living prefill workers could ever start and export (None: none has said)."""
 
     prefill_waiting: int
     prefill_alive: int
     decode_alive: int
+    prefill_max_blocks: int | None = None
 
 
 class DisaggregatedRouter:
@@ -31,12 +33,17 @@ class DisaggregatedRouter:
     def __init__(self, policy: RouterSettings) -> None:
         self._policy = policy
 
-    def route(self, prompt_tokens: int, hit_tokens: int, load: PoolLoad, lane: str = "default") -> Route:
+    def route(
+        self, prompt_tokens: int, hit_tokens: int, load: PoolLoad, lane: str = "default", *, blocks: int = 0
+    ) -> Route:
         """Remote when the effective prompt (prompt minus `hit_tokens` that decode workers hold) is longer than
-        `max_local_prefill_length` and fewer than `max_prefill_queue_size` tasks wait; local also while only decode workers live.
+        `max_local_prefill_length` and fewer than `max_prefill_queue_size` tasks wait;
+        local also while only decode workers live, and where no prefill worker could hold the request's `blocks`.
         """
         if load.prefill_alive == 0 and load.decode_alive > 0:
             return Route("decode", lane, "no prefill worker alive")
+        if load.prefill_max_blocks is not None and blocks > load.prefill_max_blocks:
+            return Route("decode", lane, "larger than any prefill worker")
         if prompt_tokens - hit_tokens <= self._policy.max_local_prefill_length:
             return Route("decode", lane, "short prompt")
         if load.prefill_waiting >= self._policy.max_prefill_queue_size:

@@ -37,7 +37,10 @@ class PoolSnapshot:
     def load(self) -> PoolLoad:
         """The router's view."""
         alive = {role: len(self.workers.get(role, {})) for role in ROLES}
-        return PoolLoad(self.waiting("prefill"), alive["prefill"], alive["decode"])
+        totals = [_total_blocks(info) for info in self.workers.get("prefill", {}).values()]
+        known = [total for total in totals if total is not None]
+        largest = max(known) if known and len(known) == len(totals) else None
+        return PoolLoad(self.waiting("prefill"), alive["prefill"], alive["decode"], largest)
 
     def router(self, initial: RouterSettings) -> RouterSettings:
         """Router settings: those changed at run time over the initial ones. Raises `ConfigError` naming the key."""
@@ -73,6 +76,18 @@ async def set_router(connection: Connection, keys: PoolKeys, changes: Mapping[st
     """Set router settings for all API processes; they hear the bell and read them at once."""
     await connection.command("HSET", keys.settings(), *(word for pair in changes.items() for word in pair))
     await connection.command("PUBLISH", keys.bell("pool"), msgspec.msgpack.encode(BellNote("pool")))
+
+
+class _Said(msgspec.Struct):
+    total_blocks: int | None = None
+
+
+def _total_blocks(info: bytes) -> int | None:
+    """What a worker says of the largest task that it could start; None when it has not."""
+    try:
+        return msgspec.json.decode(info, type=_Said).total_blocks
+    except msgspec.DecodeError:
+        return None
 
 
 def _living(row: list[object], now_ms: int) -> list[str]:

@@ -132,4 +132,12 @@ class EngineCapacity:
     def describe(self) -> bytes:
         """Engine facts and figures, for status and metrics."""
         info, stats = self._engine.info, self._engine.stats()
-        return msgspec.json.encode({"stage": self._stage, "up": self._is_up(), "engine": info, "stats": stats})
+        return msgspec.json.encode(
+            {
+                "stage": self._stage,
+                "up": self._is_up(),
+                "total_blocks": self.total_blocks() or None,
+                "engine": info,
+                "stats": stats,
+            }
+        )

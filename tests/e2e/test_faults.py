@@ -170,3 +170,16 @@ async def test_tasks_that_never_fit_a_worker_hold_nobody_up(redis_url: str) -> N
         large = await queue.claim("decode", "d2", ["default"], free_blocks=100, total_blocks=100, overtake_ms=1000)
         assert large is not None
     await connection.close()
+
+
+async def test_what_no_prefill_worker_can_export_is_prefilled_where_it_is_decoded(
+    default_redis_url: str, tmp_path: Path
+) -> None:
+    async with System(default_redis_url, "transfer.arena_bytes=65536", log_dir=tmp_path) as system:  # 16 blocks
+        await system.worker("prefill")
+        await system.worker("decode")
+        async with system.client() as client:
+            for prompt, handovers in ((100, 1), (500, 1)):
+                _, ended = await collect(await client.submit(request(prompt), deadline_s=20))
+                assert ended.state == "done"
+                assert await system.counter("handovers") == handovers

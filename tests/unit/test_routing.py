@@ -65,3 +65,10 @@ def test_blocks_to_start_are_those_of_the_prompt_and_one_a_choice() -> None:
     assert blocks_needed(1, 1, 16) == 2
     assert blocks_needed(16, 1, 16) == 2
     assert blocks_needed(17, 3, 16) == 5
+
+
+def test_what_no_prefill_worker_could_hold_stays_local() -> None:
+    router = DisaggregatedRouter(POLICY)
+    load = PoolLoad(0, 1, 1, prefill_max_blocks=16)
+    assert [router.route(1000, 0, load, blocks=blocks).stage for blocks in (16, 17)] == ["prefill", "decode"]
+    assert router.route(1000, 0, PoolLoad(0, 1, 1), blocks=17).stage == "prefill"
