@@ -32,10 +32,12 @@ TABLE: dict[str, KeySpec] = {
     "deadlines": KeySpec("deadlines", "zset id -> ms", "admit", "member until the request ends"),
     "counters": KeySpec("counters", "hash", "all scripts", "kept"),
     "settings": KeySpec("settings", "hash", "operator", "kept"),
-    "alive": KeySpec("alive:{0}", "zset name -> expiry ms", "renew", "member until the sweep finds it expired"),
+    "alive": KeySpec(
+        "alive:{0}", "zset name -> expiry ms", "renew", "member until it leaves or the sweep finds it expired"
+    ),
     "worker": KeySpec("worker:{0}", "hash", "renew, claim", "three leases after the last renewal"),
     "idem": KeySpec("idem:{0}", "string id", "admit", "as its request"),
-    "dead": KeySpec("dead", "stream", "sweep", "last 10,000"),
+    "dead": KeySpec("dead", "stream", "sweep, handback", "last 10,000"),
     "sweep": KeySpec("sweep", "string", "sweep", "one sweep interval: one sweeper at a time"),
     "bus": KeySpec("bus:{0}", "channel", "-", "frames for one API process"),
     "tok": KeySpec("tok:{0}", "channel", "-", "frames of one watched request"),
