@@ -246,6 +246,10 @@ class PoolQueue:
         """Forget this process: it has left in good order."""
         await self._call("leave", role, name)
 
+    async def evict(self, role: str, name: str, *, max_attempts: int) -> int:
+        """Whoever saw a worker die says so: its tasks wait again at once. Returns how many they were."""
+        return int(await self._call("evict", role, name, max_attempts))
+
     async def wanted(self, handles: Mapping[str, str]) -> set[str]:
         """Which handle ids (of handle id -> request id) are still named by their request."""
         flat = [value for handle_id, request_id in handles.items() for value in (request_id, handle_id)]

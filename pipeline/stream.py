@@ -17,6 +17,7 @@ from pipeline.queue import ENDED_STATES, Standing
 log = structlog.get_logger("baton.stream")
 
 READ_AGAIN_S = 0.2
+STREAM_DIVERGED = "stream_diverged"
 
 
 class TokenChunk(msgspec.Struct, frozen=True):
@@ -67,6 +68,9 @@ class RequestStream:
         self.id = request_id
         self.ended: Ended | None = None
         self._next = [0] * choices  # index of the first token of each choice that the reader has not got
+        self._delivered: list[list[int]] = [
+            [] for _ in range(choices)
+        ]  # what the reader got: a log that says otherwise ends it
         self._finished = [False] * choices
         self._buffer: list[TokenChunk] = []
         self._buffer_items = buffer_items
@@ -90,15 +94,17 @@ class RequestStream:
             if have < 0:
                 self.fall_behind()
                 return
-            tokens = unpack_tokens(data)[have:]
+            overlapping = unpack_tokens(data)
+            if overlapping[:have] != self._delivered[choice][index : index + len(overlapping)]:
+                self._diverge(choice)
+                return
+            tokens = overlapping[have:]
             if not tokens and not (item.finish_reason and not self._finished[choice]):
                 return
             index += have
         if self._behind:
             return
-        if (
-            len(self._buffer) >= self._buffer_items
-        ):  # a slow reader goes on from the log instead of growing this process
+        if len(self._buffer) >= self._buffer_items:  # a slow reader goes on from the log, this process does not grow
             self.fall_behind()
             return
         self._append(choice, index, tokens, FinishReason(item.finish_reason) if item.finish_reason else None)
@@ -124,9 +130,18 @@ class RequestStream:
 
     def _append(self, choice: int, index: int, tokens: list[int], reason: FinishReason | None) -> None:
         self._next[choice] = index + len(tokens)
+        self._delivered[choice] += tokens
         if reason is not None:
             self._finished[choice] = True
         self._buffer.append(TokenChunk(choice, index, tokens, reason))
+
+    def _diverge(self, choice: int) -> None:
+        """Redis lost the end of a log and other tokens stand there now: end the stream rather than splice two answers."""
+        if self.ended is None:
+            why = f"{STREAM_DIVERGED}: Redis lost tokens of choice {choice} that were already sent; send the request again"
+            self.ended = Ended("failed", why, Usage(0, sum(self._next), 0), "decode", Timeline())
+        self._behind = False
+        self._wake()
 
     def _wake(self) -> None:
         self._last_item_s = time.monotonic()
@@ -179,6 +194,10 @@ class RequestStream:
             self.ended = Ended("failed", "Redis does not know this request any more", gone, "", Timeline())
             return
         for choice, (tokens, reason) in enumerate(zip(standing.log.tokens, standing.log.finished, strict=True)):
+            sent = self._delivered[choice]
+            if tokens[: len(sent)] != sent[: len(tokens)]:
+                self._diverge(choice)
+                return
             missing = tokens[self._next[choice] :]
             if missing or (reason is not None and not self._finished[choice]):
                 self._append(choice, self._next[choice], missing, reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from pipeline.errors import KVLost, WireError
+from pipeline.errors import KVLost, RedisUnavailable, WireError
 from pipeline.queue import Verdict
 from workers.engine import AsyncEngine
 from workers.holdings import Holdings, Task
@@ -27,15 +27,24 @@ def register(worker: Worker, engine: AsyncEngine, holdings: Holdings, stops: Sto
         await stops.open(task)
         try:
             cached_tokens, recomputed = await _join(engine, task)
-            verdict = await worker.queue.fetched(
-                task.delivery, worker.name, recomputed=recomputed, cached_tokens=None if task.handle else cached_tokens
-            )
+            verdict = await _say_joined(worker, task, cached_tokens, recomputed)
             if verdict is not Verdict.ACCEPTED:
                 return Dropped(verdict.name.lower())
             await held.complete
             return Done()
         finally:
             stops.forget(task.delivery.key)
+
+
+async def _say_joined(worker: Worker, task: Task, cached_tokens: int, recomputed: str) -> Verdict:
+    """While Redis is away the blocks are kept: who owns the request is asked when it is back."""
+    while True:
+        try:
+            return await worker.queue.fetched(
+                task.delivery, worker.name, recomputed=recomputed, cached_tokens=None if task.handle else cached_tokens
+            )
+        except RedisUnavailable as error:
+            log.warning("fetch not said, trying again", request_id=task.delivery.id, error=str(error))
 
 
 async def _join(engine: AsyncEngine, task: Task) -> tuple[int, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
@@ -26,20 +25,11 @@ class StepWriter:
         self._stop = stop  # called for a delivery that is not ours any more
         self._pending: list[LLMEngineOutput] = []
         self._work = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     def put(self, outputs: Sequence[LLMEngineOutput]) -> None:
         """Take the outputs of one step."""
         self._pending.extend(outputs)
         self._work.set()
-        self._idle.clear()
-
-    async def flushed(self, timeout_s: float) -> None:
-        """Wait until everything put so far is written, at most this long."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
 
     async def run(self) -> None:
         """Write what was put, in order, until cancelled. While Redis is away it waits with what it has."""
@@ -58,8 +48,6 @@ class StepWriter:
             for held, output in rows:
                 if not is_logged(output):
                     held.fail(EngineError(output.error or "the engine gave up on this request"))
-            if not self._pending:
-                self._idle.set()
 
     async def _write(self, items: list[StepItem]) -> list[Verdict]:
         while True:

@@ -38,6 +38,7 @@ from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, RedisUnavailable
 from pipeline.keys import PoolKeys
+from pipeline.queue import PoolQueue
 from pipeline.redis_server import RedisServer, find_server
 from pipeline.settings_file import load_settings
 from pipeline.snapshot import take_snapshot
@@ -234,8 +235,24 @@ class Up:
                 raise ChildEnded(f"{child.name} {ending(code)} before it was ready: see its lines above")
             delay_s = restarts.delay_s(time.monotonic() - started_s)
             self._say(f"{child.name} {ending(code)}: starting it again in {delay_s:g} s")
+            for worker in self._workers:
+                if worker.child is child:
+                    await self._give_back_tasks_of(worker)
             await asyncio.sleep(delay_s)
             await child.start()
+
+    async def _give_back_tasks_of(self, worker: Worker) -> None:
+        """What a dead worker held waits again now, not when its leases run out."""
+        try:
+            async with self._connection() as connection:
+                queue = PoolQueue(connection, worker.place.pool)
+                attempts = self._settings.worker.max_attempts
+                count = await queue.evict(worker.place.stage, worker.name, max_attempts=attempts)
+        except BatonError as error:
+            self._say(f"{worker.name}: its tasks wait for their leases to run out: {error}")
+            return
+        if count:
+            self._say(f"{worker.name} held {count} tasks: they wait for another worker")
 
     async def _keep_redis_running(self, server: RedisServer) -> None:
         restarts = Restarts()

@@ -30,6 +30,10 @@ end
 
 -- Adds a task at the tail of a lane and makes it the request's current one.
 local function enqueue(id, stage, lane, tokens, blocks, version)
+  -- a worker's own lane lives only as long as the worker is known: sweeps would never visit it afterwards
+  if string.sub(lane, 1, 1) == '@' and not redis.call('ZSCORE', key_alive(stage), string.sub(lane, 2)) then
+    lane = redis.call('HGET', key_req(id), 'priority')
+  end
   local entry = redis.call('XADD', key_lane(stage, lane), '*', 'id', id, 'tokens', tokens, 'blocks', blocks, 'v', version)
   redis.call('HSET', key_req(id), 'state', 'queued', 'stage', stage, 'lane', lane, 'entry', entry, 'owner', '')
   count_waiting(stage, lane, tokens, 1)

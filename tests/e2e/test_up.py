@@ -171,7 +171,9 @@ async def test_up_proves_itself_serves_and_leaves_nothing_behind(settings, short
 
 
 async def test_a_stream_that_runs_at_ctrl_c_is_finished(settings):
-    async with up("--no-sample", *settings, "--set", "engine.mock.decode_base_ms=20") as running:
+    async with up(
+        "--no-sample", *settings, "--set", "engine.mock.decode_base_ms=20", "--set", "worker.lease_s=60"
+    ) as running:
         await running.says("serving; Ctrl-C")
         url = (await running.says(r"http://127\.0\.0\.1:\d+"))[0]
         body = {
@@ -216,6 +218,26 @@ async def test_what_dies_is_started_again_and_said_so(settings):
                     if response.status_code == httpx.codes.OK:
                         break
         assert response.json()["usage"]["completion_tokens"] == 5
+        running.process.send_signal(signal.SIGTERM)
+        assert await running.ended() == 0
+
+
+async def test_a_stream_goes_on_when_its_worker_is_killed_long_before_the_lease_runs_out(settings):
+    async with up(
+        "--no-sample", *settings, "--set", "engine.mock.decode_base_ms=20", "--set", "worker.lease_s=60"
+    ) as running:
+        await running.says("serving; Ctrl-C")
+        url = (await running.says(r"http://127\.0\.0\.1:\d+"))[0]
+        body = {"model": "baton-tiny", "prompt": [5] * 40, "max_tokens": 120, "temperature": 0}
+        async with asyncio.timeout(LIMIT_S), httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as http:
+            undisturbed = (await http.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+            asking = asyncio.create_task(http.post("/v1/completions", json=body))
+            await running.says(r"handover[^\n]*\n[\s\S]*handover")
+            running.child("-m workers decode").kill()
+            await running.says("held 1 tasks: they wait for another worker")
+            answer = (await asking).json()
+        assert answer["choices"][0]["text"] == undisturbed
+        assert answer["usage"]["completion_tokens"] == 120
         running.process.send_signal(signal.SIGTERM)
         assert await running.ended() == 0
 

@@ -144,6 +144,43 @@ async def test_a_request_that_redis_does_not_know_ends_as_failed() -> None:
     assert stream.ended.state == "failed"
 
 
+async def test_a_log_that_says_otherwise_ends_the_stream_instead_of_being_spliced() -> None:
+    store = Store()
+    stream = open_stream(store)
+    stream.feed(
+        TokenItem("r", 0, 0, pack_tokens([5, 6, 99]))
+    )  # then Redis lost the third token, and 7 stands there now
+    store.written = [5, 0]
+    stream.fall_behind()
+    tokens, _ = await read_all(stream)
+    assert tokens[0] == [5, 6, 99]
+    assert stream.ended is not None
+    assert (stream.ended.state, stream.ended.reason.split(":")[0]) == ("failed", "stream_diverged")
+
+
+async def test_a_live_token_that_says_otherwise_ends_the_stream() -> None:
+    stream = open_stream(Store())
+    stream.feed(TokenItem("r", 0, 0, pack_tokens([5, 6, 99])))
+    stream.feed(TokenItem("r", 0, 2, pack_tokens([7, 8])))
+    tokens, _ = await read_all(stream)
+    assert tokens[0] == [5, 6, 99]
+    assert stream.ended is not None
+    assert stream.ended.reason.startswith("stream_diverged")
+
+
+async def test_a_shorter_log_with_the_same_beginning_is_waited_for() -> None:
+    store = Store()
+    stream = open_stream(store)
+    stream.feed(item(0, 0, 4))
+    store.written = [2, 0]
+    stream.fall_behind()
+    reading = asyncio.create_task(read_all(stream))
+    await asyncio.sleep(0)
+    store.written, store.ended = [6, 3], True
+    stream.fall_behind()
+    assert (await reading)[0] == LOGS
+
+
 async def test_a_lost_finish_reason_is_read_from_the_log() -> None:
     store = Store()
     store.written, store.ended = [6, 3], True
