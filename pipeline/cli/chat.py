@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pipeline.cli.exits import NoAnswer
 from pipeline.cli.openai_stream import stream_chat
-from pipeline.cli.options import api_url, running_redis
+from pipeline.cli.options import api_url, base_url, running_redis
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError
@@ -71,7 +71,7 @@ def _ask(settings: Settings, question: Question, messages: list[Message], *, as_
     for name in ("max_tokens", "temperature"):
         if getattr(question, name) is not None:
             body[name] = getattr(question, name)
-    url = question.url or api_url(settings.api)
+    url = base_url(question.url) if question.url else api_url(settings.api)
     answer = asyncio.run(_stream(url, settings, body, None if as_json else console))
     if as_json:
         print(json.dumps({**answer._asdict(), "timeline": _named(answer.timeline), "spans": spans(answer)}))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from pipeline.cli.exits import NoAnswer
+from pipeline.errors import RequestFailed
 
 
 class Delta(NamedTuple):
@@ -21,10 +22,15 @@ class Delta(NamedTuple):
 
 
 async def stream_chat(http: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[Delta]:
-    """Posts `body` to /v1/chat/completions and yields the chunks; raises NoAnswer with what the API said."""
+    """Posts `body` to /v1/chat/completions and yields the chunks.
+
+    Raises RequestFailed where the request is wrong and NoAnswer otherwise, with what the API said.
+    """
     request = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
         async with http.stream("POST", "/v1/chat/completions", json=request) as response:
+            if response.is_client_error:
+                raise RequestFailed(f"the API refuses this: {_message(await response.aread())}")
             if response.status_code != httpx.codes.OK:
                 raise NoAnswer(f"the API answered {response.status_code}: {_message(await response.aread())}")
             async for line in response.aiter_lines():

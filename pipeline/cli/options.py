@@ -49,6 +49,12 @@ def given(config: Path | None, overrides: Sequence[str] | None, **named: object)
     return Given(path.absolute() if path else None, [*(overrides or ()), *flags])
 
 
+def base_url(text: str) -> str:
+    """Where the API is, however a user writes it: with or without scheme, with or without the `/v1` that OpenAI clients want."""
+    url = text if "://" in text else f"http://{text}"
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def api_url(settings: ApiSettings) -> str:
     """Where the API is reached from this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)

@@ -17,7 +17,7 @@ from pipeline.cli.chat import Answer, spans, summary
 from pipeline.cli.children import Restarts, ending
 from pipeline.cli.doctor import Grade, check_redis_settings, check_redis_version, check_shared_memory
 from pipeline.cli.exits import Exit, NoAnswer, PortTaken, exit_for
-from pipeline.cli.options import api_url
+from pipeline.cli.options import api_url, base_url
 from pipeline.cli.up import Counts, free_port, worker_places
 from pipeline.config import ApiSettings, TransferSettings
 from pipeline.errors import ConfigError, RedisUnavailable, RequestFailed
@@ -237,3 +237,10 @@ def test_doctor_compares_the_arena_with_the_room_for_it(tmp_path):
     roomy, tight = (TransferSettings(dir=str(tmp_path), arena_bytes=size) for size in (1, 2**60))
     assert [finding.grade for finding in check_shared_memory(roomy)] == [Grade.OK]
     assert [finding.grade for finding in check_shared_memory(tight)] == [Grade.ERROR]
+
+
+@pytest.mark.parametrize(
+    "text", ["http://127.0.0.1:8001", "http://127.0.0.1:8001/", "http://127.0.0.1:8001/v1", "127.0.0.1:8001/v1/"]
+)
+def test_an_address_is_understood_however_it_is_written(text: str) -> None:
+    assert base_url(text) == "http://127.0.0.1:8001"
