@@ -141,6 +141,14 @@ class System:
                     return
                 await asyncio.sleep(0.02)
 
+    async def rests(self) -> bool:
+        """Whether a pool holds nothing that it should not hold when nothing is in flight."""
+        return not await self.at_rest()
+
+    async def logged(self, request_id: str, tokens: int, choice: int = 0) -> bool:
+        """Whether the log of a choice holds at least this many tokens."""
+        return int(await self.connection.command("STRLEN", self.keys.log(request_id, choice))) >= 4 * tokens
+
     async def at_rest(self) -> dict[str, object]:
         """What a pool still holds that it should not hold when nothing is in flight; empty is right."""
         command = self.connection.command

@@ -123,6 +123,18 @@ local function park(id, counts, max_attempts, why)
   return 'parked'
 end
 
+-- The request that runs by this entry of a lane, or nil when the entry is not what keeps it running.
+local function running_by(lane, lane_key, entry)
+  local row = redis.call('XRANGE', lane_key, entry, entry)[1]
+  if not row then return nil end
+  for i = 1, #row[2], 2 do
+    if row[2][i] == 'id' then
+      local h = redis.call('HMGET', key_req(row[2][i + 1]), 'state', 'entry', 'lane')
+      return h[1] == 'running' and h[2] == entry and h[3] == lane and row[2][i + 1] or nil
+    end
+  end
+end
+
 -- What a lane's entry says, or nil when the request behind it no longer stands there (ended, moved on).
 local function entry_of(lane_stage, lane, entry, fields)
   local e = {}

@@ -12,12 +12,9 @@ for _, lane in ipairs({'high', 'default', 'low', '@' .. name}) do
   if redis.call('XLEN', lane_key) > 0 then
     last_delivered(lane_key)
     for _, p in ipairs(redis.call('XPENDING', lane_key, GROUP, '-', '+', LIMIT, name)) do
-      local row = redis.call('XRANGE', lane_key, p[1], p[1])[1]
-      local fields = {}
-      if row then for i = 1, #row[2], 2 do fields[row[2][i]] = row[2][i + 1] end end
-      local h = fields.id and redis.call('HMGET', key_req(fields.id), 'state', 'entry', 'lane', 'owner')
-      if h and h[1] == 'running' and h[2] == p[1] and h[3] == lane and h[4] == name then
-        park(fields.id, true, max_attempts, name .. ' died')
+      local id = running_by(lane, lane_key, p[1]) -- pending for this worker, so it is its owner
+      if id then
+        park(id, true, max_attempts, name .. ' died')
         given_back = given_back + 1
       end
     end

@@ -33,12 +33,9 @@ local function park_expired(stage, lane, lane_key)
     for _, p in ipairs(rows) do
       from = '(' .. p[1]
       if p[2] ~= PARKED then
-        local row = redis.call('XRANGE', lane_key, p[1], p[1])[1]
-        local fields = {}
-        if row then for i = 1, #row[2], 2 do fields[row[2][i]] = row[2][i + 1] end end
-        local h = fields.id and redis.call('HMGET', key_req(fields.id), 'state', 'entry', 'lane')
-        if h and h[1] == 'running' and h[2] == p[1] and h[3] == lane then
-          if park(fields.id, true, max_attempts, 'lease lost by ' .. p[2]) == 'dead' then dead = dead + 1 else parked = parked + 1 end
+        local id = running_by(lane, lane_key, p[1])
+        if id then
+          if park(id, true, max_attempts, 'lease lost by ' .. p[2]) == 'dead' then dead = dead + 1 else parked = parked + 1 end
         else
           ack(stage, lane, p[1])
           deleted = deleted + 1

@@ -35,14 +35,10 @@ async def test_requests_cross_both_stages_and_leave_nothing(redis_url: str, tmp_
                 assert [len(choice) for choice in tokens] == [item.input.stop_conditions.max_tokens] * len(tokens)
             again = await run(client, request(items[5].input.token_ids, n=3, max_tokens=6))
             assert again == answers[5]
-            await system.until(lambda: rests(system), 10)
+            await system.until(system.rests, 10)
             counters = (await take_snapshot(system.connection, system.keys)).counters
             assert counters["handovers"] == counters["ended:done"] == 41
             assert not [name for name in counters if name.startswith("kv_recomputed:")]
-
-
-async def rests(system: System) -> bool:
-    return not await system.at_rest()
 
 
 async def test_with_only_decode_workers_everything_goes_on_locally(default_redis_url: str, tmp_path: Path) -> None:
@@ -54,7 +50,7 @@ async def test_with_only_decode_workers_everything_goes_on_locally(default_redis
         assert ended.timeline.handover == 0
         direct = await run(client, request(50))
         assert direct == tokens
-        await system.until(lambda: rests(system), 10)
+        await system.until(system.rests, 10)
 
 
 async def test_router_settings_change_at_run_time_for_all_replicas(default_redis_url: str, tmp_path: Path) -> None:
@@ -82,7 +78,7 @@ async def test_without_any_worker_a_request_waits_until_its_deadline(default_red
     async with System(default_redis_url) as system, system.client() as client:
         tokens, ended = await collect(await client.submit(request(50), deadline_s=0.7))
         assert (ended.state, ended.stage, tokens) == ("expired", "prefill", [[]])
-        await system.until(lambda: rests(system), 10)
+        await system.until(system.rests, 10)
 
 
 async def test_a_cancelled_request_frees_its_blocks(default_redis_url: str, tmp_path: Path) -> None:
@@ -99,7 +95,7 @@ async def test_a_cancelled_request_frees_its_blocks(default_redis_url: str, tmp_
                     pass
             assert stream.ended is not None
             assert stream.ended.state == "cancelled"
-            await system.until(lambda: rests(system), 10)
+            await system.until(system.rests, 10)
             assert (await run(client, request(20)))[0]
 
 
@@ -120,7 +116,7 @@ async def test_a_killed_decode_worker_is_replaced_without_a_token_lost_or_double
             for tokens, ended in await asyncio.gather(*reading):
                 assert ended.state == "done", ended
                 assert tokens == undisturbed
-            await system.until(lambda: rests(system), 10)
+            await system.until(system.rests, 10)
 
 
 async def test_a_zombie_writes_nothing_after_its_lease(redis_url: str, tmp_path: Path) -> None:
@@ -132,7 +128,7 @@ async def test_a_zombie_writes_nothing_after_its_lease(redis_url: str, tmp_path:
             item = request(64, max_tokens=100, temperature=1.0)
             stream = await client.submit(item)
             reading = asyncio.create_task(collect(stream))
-            await system.until(lambda: logged(system, item.id, 10), 20)
+            await system.until(lambda: system.logged(item.id, 10), 20)
             freeze(zombie)
             await system.worker("decode")
             await system.until(lambda: taken_over(system, item.id), 20)
@@ -145,7 +141,7 @@ async def test_a_zombie_writes_nothing_after_its_lease(redis_url: str, tmp_path:
             standing = await client.queue.attach(item.id, watch=False)
             assert standing is not None
             assert standing.log.tokens == tokens
-            await system.until(lambda: rests(system), 10)
+            await system.until(system.rests, 10)
     log = "".join(path.read_text() for path in tmp_path.glob("workers-decode-*.log"))
     assert "dropped" in log  # the zombie noticed
 
@@ -160,7 +156,7 @@ async def test_a_worker_that_slept_alone_takes_its_request_again(default_redis_u
         async with system.client() as client:
             item = request(64, n=2, max_tokens=80, temperature=1.0)
             reading = asyncio.create_task(collect(await client.submit(item), 2))
-            await system.until(lambda: logged(system, item.id, 8), 20)
+            await system.until(lambda: system.logged(item.id, 8), 20)
             sleeper.send_signal(signal.SIGSTOP)  # its engine goes on
             await system.until(lambda: parked(system, item.id), 20)
             sleeper.send_signal(signal.SIGCONT)
@@ -182,10 +178,6 @@ def freeze(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGSTOP)
     for child in children(process):
         os.kill(child, signal.SIGSTOP)
-
-
-async def logged(system: System, request_id: str, tokens: int) -> bool:
-    return int(await system.connection.command("STRLEN", system.keys.log(request_id, 0))) >= 4 * tokens
 
 
 async def taken_over(system: System, request_id: str) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.client import PoolClient
-from pipeline.protocol import Request
 from pipeline.redis_server import RedisServer
 from tests.e2e.processes import children
 from tests.system import System, collect, request
@@ -25,17 +24,9 @@ async def undisturbed(client: PoolClient, **fields: int) -> list[list[int]]:
     return tokens
 
 
-async def rests(system: System) -> bool:
-    return not await system.at_rest()
-
-
 async def state_is(system: System, request_id: str, stage: str, state: str) -> bool:
     got = await system.connection.command("HMGET", system.keys.request(request_id), "stage", "state")
     return bool(got == [stage.encode(), state.encode()])
-
-
-async def logged(system: System, item: Request, tokens: int) -> bool:
-    return int(await system.connection.command("STRLEN", system.keys.log(item.id, 0))) >= 4 * tokens
 
 
 async def knows_prefill(client: PoolClient) -> bool:
@@ -58,7 +49,7 @@ async def test_a_prefill_worker_that_dies_while_it_computes(default_redis_url: s
         doomed.kill()
         tokens, ended = await reading
         assert (ended.state, tokens) == ("done", expected)
-        await system.until(lambda: rests(system), 10)
+        await system.until(system.rests, 10)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -77,7 +68,7 @@ async def test_a_prefill_worker_that_dies_after_the_handover(default_redis_url: 
         await system.worker("decode")
         tokens, ended = await reading
         assert (ended.state, tokens) == ("done", expected)
-        await system.until(lambda: rests(system), 10)
+        await system.until(system.rests, 10)
         assert await system.counter("kv_recomputed:gone") == 1
 
 
@@ -87,13 +78,13 @@ async def test_both_workers_die_and_only_a_decode_worker_comes_back(default_redi
         expected = await undisturbed(client, n=2, max_tokens=60)
         items = [request(100, n=2, max_tokens=60) for _ in range(3)]
         reading = [asyncio.create_task(collect(await client.submit(item), 2)) for item in items]
-        await system.until(lambda: logged(system, items[0], 10), 20)
+        await system.until(lambda: system.logged(items[0].id, 10), 20)
         for worker in workers:
             worker.kill()
         await system.worker("decode")
         for tokens, ended in await asyncio.gather(*reading):
             assert (ended.state, tokens) == ("done", expected)
-        await system.until(lambda: rests(system), 10)
+        await system.until(system.rests, 10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
@@ -107,13 +98,13 @@ async def test_an_engine_that_dies_or_hangs_under_a_living_worker(
         expected = await undisturbed(client, n=2, max_tokens=60)
         items = [request(100, n=2, max_tokens=60) for _ in range(3)]
         reading = [asyncio.create_task(collect(await client.submit(item), 2)) for item in items]
-        await system.until(lambda: logged(system, items[0], 10), 20)
+        await system.until(lambda: system.logged(items[0].id, 10), 20)
         [engine] = children(worker)
         os.kill(engine, number)
         for tokens, ended in await asyncio.gather(*reading):
             assert (ended.state, tokens) == ("done", expected)
         assert children(worker) != [engine]
-        await system.until(lambda: rests(system), 10)
+        await system.until(system.rests, 10)
 
 
 async def test_redis_dies_in_the_middle_of_streams_and_comes_back(short_dir: Path, tmp_path: Path) -> None:
@@ -126,14 +117,14 @@ async def test_redis_dies_in_the_middle_of_streams_and_comes_back(short_dir: Pat
             expected = await undisturbed(client, n=2, max_tokens=60)
             items = [request(100, n=2, max_tokens=60) for _ in range(3)]
             reading = [asyncio.create_task(collect(await client.submit(item), 2)) for item in items]
-            await system.until(lambda: logged(system, items[0], 10), 20)
+            await system.until(lambda: system.logged(items[0].id, 10), 20)
             server.process.kill()
             server.stop()
             server = RedisServer.start(short_dir)
             server.wait_ready()
             for tokens, ended in await asyncio.gather(*reading):
                 assert (ended.state, tokens) == ("done", expected)
-            await system.until(lambda: rests(system), 10)
+            await system.until(system.rests, 10)
     finally:
         server.stop()
 
@@ -148,7 +139,7 @@ async def test_a_worker_leaves_also_when_redis_is_gone(short_dir: Path, tmp_path
             async with system.client() as client:
                 item = request(100, max_tokens=1000)
                 stream = await client.submit(item)
-                await system.until(lambda: logged(system, item, 5), 20)
+                await system.until(lambda: system.logged(item.id, 5), 20)
                 server.process.kill()
                 for worker in workers:
                     worker.terminate()
