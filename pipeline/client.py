@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Awaitable, Callable
 
@@ -16,11 +17,12 @@ import structlog
 from pipeline.config import QueueSettings, RouterSettings, WorkerSettings
 from pipeline.connection import Connection, Subscription
 from pipeline.errors import BatonError, QueueFull, RedisUnavailable
-from pipeline.protocol import EndItem, FrameItem, Request
-from pipeline.queue import Limits, PoolQueue, Standing
+from pipeline.protocol import EndItem, Frame, Request
+from pipeline.queue import Limits, PoolQueue
 from pipeline.routing import DisaggregatedRouter, retry_after_s
 from pipeline.snapshot import PoolSnapshot, take_snapshot
 from pipeline.stream import RequestStream
+from pipeline.waiting import wait_at_most
 
 log = structlog.get_logger("baton.client")
 
@@ -127,15 +129,9 @@ class PoolClient:
         return self._snapshot
 
     def _open(self, request_id: str, choices: int, *, watch: bool = False) -> RequestStream:
-        async def read(request_id: str) -> Standing | None:
-            return await self.queue.attach(request_id, watch=watch)
-
-        async def cancel(request_id: str, reason: str) -> None:
-            await self.queue.cancel(request_id, reason)
-
         stream = RequestStream(
             request_id, choices, buffer_items=self._buffer_items, patience_s=self._settings.deadline_s,
-            read=read, cancel=cancel, forget=self._forget,
+            read=functools.partial(self.queue.attach, watch=watch), cancel=self.queue.cancel, forget=self._forget,
         )  # fmt: skip
         self._streams.setdefault(request_id, []).append(stream)
         return stream
@@ -163,7 +159,7 @@ class PoolClient:
 
     async def _receive(self) -> None:
         """Hand out frames; does nothing else, so that one busy stream never delays the others."""
-        decode = msgspec.msgpack.Decoder(list[FrameItem]).decode
+        decode = msgspec.msgpack.Decoder(Frame).decode
         streams, bell = self._streams, self.queue.keys.bell("pool")
         assert self._subscription is not None
         async for channel, data in self._subscription.messages():
@@ -213,9 +209,7 @@ class PoolClient:
                 for stream in readers:
                     if stream.silent_for_s(now_s) > self._silence_s:
                         stream.fall_behind()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SNAPSHOT_S):
-                    await self._pool_changed.wait()
+            await wait_at_most(self._pool_changed, SNAPSHOT_S)
             self._pool_changed.clear()
 
     async def _refresh(self) -> None:

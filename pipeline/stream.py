@@ -62,7 +62,7 @@ class RequestStream:
         buffer_items: int,
         patience_s: float,
         read: Callable[[str], Awaitable[Standing | None]],
-        cancel: Callable[[str, str], Awaitable[None]],
+        cancel: Callable[[str, str], Awaitable[object]],
         forget: Callable[[RequestStream], Awaitable[None]],
     ) -> None:
         self.id = request_id

@@ -27,6 +27,7 @@ from pipeline.connection import Connection, Subscription
 from pipeline.errors import BatonError, RedisUnavailable, WireError
 from pipeline.protocol import BellNote, CancelNote, FreeNote, KVHandle, Note, Request
 from pipeline.queue import LANES, Delivery, PoolQueue, Verdict, delivery_key
+from pipeline.waiting import wait_at_most
 from workers.holdings import Held, Holdings, Task
 from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify
 
@@ -80,9 +81,8 @@ class Worker:
         self._overtake_ms = overtake_ms
         self._stage = ""
         self._handler: Handler | None = None
-        self._exported: dict[
-            str, str
-        ] = {}  # handle id -> request id: blocks that this worker owns until they are fetched
+        # blocks that this worker owns until they are fetched: handle id -> request id
+        self._exported: dict[str, str] = {}
         self._bell = asyncio.Event()
         self._renew_now = asyncio.Event()
         self._draining = asyncio.Event()
@@ -157,17 +157,14 @@ class Worker:
             if delivery is not None:
                 self._start(delivery)
                 continue
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.sweep_s):  # a lost bell costs one interval
-                    await self._bell.wait()
+            await wait_at_most(self._bell, self._settings.sweep_s)  # a lost bell costs one interval
 
     async def _claim(self) -> Delivery | None:
         free = self._capacity.free_blocks()
         if free <= 0:
             return None
-        self._claim_nonce = self._claim_nonce or secrets.token_hex(
-            8
-        )  # kept until answered: a lost reply is given again
+        # kept until answered: a lost reply is given again
+        self._claim_nonce = self._claim_nonce or secrets.token_hex(8)
         try:
             delivery = await self.queue.claim(
                 self._stage, self.name, self._lanes(), free_blocks=free, total_blocks=self._capacity.total_blocks(),
@@ -284,9 +281,7 @@ class Worker:
 
     async def _keep_leases(self) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.lease_s / 4):
-                    await self._renew_now.wait()
+            await wait_at_most(self._renew_now, self._settings.lease_s / 4)
             self._renew_now.clear()
             try:
                 await self._renew()
@@ -356,9 +351,7 @@ class Worker:
         log.info("draining", worker=self.name, held=len(self._holdings), handles=len(self._exported))
         while (len(self._holdings) or self._exported) and time.monotonic() < self._give_up_s:
             self._bell.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.2):
-                    await self._bell.wait()
+            await wait_at_most(self._bell, 0.2)
         for held in self._holdings.all():
             if held.job is not None:
                 held.job.cancel()
