@@ -38,6 +38,7 @@ TABLE: dict[str, Row] = {
     "body_too_large": Row(413, "invalid_request_error"),
     "unsupported_media_type": Row(415, "invalid_request_error"),
     "cancelled": Row(499, "request_cancelled"),
+    "resource_unavailable": Row(429, "rate_limit_error"),
     "overloaded": Row(503, "overloaded_error"),
     "refused": Row(503, "overloaded_error"),
     "draining": Row(503, "server_error"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Awaitable, Callable
@@ -16,9 +17,9 @@ import structlog
 
 from pipeline.config import QueueSettings, RouterSettings, WorkerSettings
 from pipeline.connection import Connection, Subscription
-from pipeline.errors import BatonError, QueueFull, RedisUnavailable
-from pipeline.protocol import EndItem, Frame, Request
-from pipeline.queue import Limits, PoolQueue
+from pipeline.errors import BatonError, LowLaneFull, QueueFull, RedisUnavailable
+from pipeline.protocol import UNREADABLE, EndItem, Frame, Log, Request
+from pipeline.queue import Admission, Limits, PoolQueue, Restored
 from pipeline.routing import DisaggregatedRouter, retry_after_s
 from pipeline.snapshot import PoolSnapshot, take_snapshot
 from pipeline.stream import RequestStream
@@ -62,6 +63,7 @@ class PoolClient:
         self._router = DisaggregatedRouter(router)
         self._subscription: Subscription | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._abandoned: set[asyncio.Task[None]] = set()
         self._pool_changed = asyncio.Event()
         self.redis_error: str | None = None  # why the last background call failed; None while Redis answers
 
@@ -79,7 +81,7 @@ class PoolClient:
     async def __aexit__(self, *exc: object) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._abandoned, return_exceptions=True)
         with contextlib.suppress(BatonError):
             await self.queue.leave("api", self._name)
         if self._subscription is not None:
@@ -88,34 +90,76 @@ class PoolClient:
     # -- requests -------------------------------------------------------------------------------------------------------
 
     async def submit(
-        self, request: Request, *, priority: str = "default", deadline_s: float | None = None
-    ) -> RequestStream:
-        """Admit a request and stream it. Raises `QueueFull` with `retry_after_s`, `RedisUnavailable`."""
-        prompt_tokens, n = len(request.input.token_ids), request.input.sampling_options.n
-        blocks = blocks_needed(prompt_tokens, n, self._block_size)
-        route = self._router.route(prompt_tokens, 0, self._load, priority, blocks=blocks)
-        stream = self._open(request.id, n)
-        limits = Limits(
-            self._settings.max_waiting_tasks, self._settings.max_waiting_tokens,
-            deadline_s or self._settings.deadline_s, self._settings.result_ttl_s,
-        )  # fmt: skip
+        self, request: Request, *, priority: str = "default", deadline_s: float | None = None,
+        linger_s: float | None = 0.0, delay_s: float = 0.0,
+    ) -> RequestStream:  # fmt: skip
+        """Admit a request and stream it. Raises `QueueFull` with `retry_after_s`, `RedisUnavailable`.
+
+        `linger_s`: how long it goes on after this process ended without leaving; None: to its end. `delay_s`: nobody claims it before.
+        """
+        admission = self._route(
+            Admission(request, "", "", 0, self._name, priority=priority, linger_s=linger_s, delay_s=delay_s)
+        )
+        limits = self._limits(priority, deadline_s)
+        stream = self._open(request.id, request.input.sampling_options.n)
+        stream.serve(functools.partial(self._restore, admission, limits, time.monotonic()))
         try:
-            await self.queue.admit(
-                request, stage=route.stage, lane=route.lane, blocks=blocks,
-                api=self._name, limits=limits, priority=priority,
-            )  # fmt: skip
+            await self.queue.admit(admission, limits)
         except QueueFull as refusal:
             await self._forget(stream)
-            waiting = self._snapshot.waiting(route.stage, route.lane)
-            rate = self._drained_per_s.get(f"{route.stage}:{route.lane}", 0.0)
-            raise QueueFull(
-                str(refusal), retry_after_s=refusal.retry_after_s or retry_after_s(waiting, rate)
-            ) from refusal
+            raise self._refusal(admission, refusal) from refusal
+        except asyncio.CancelledError:
+            await self._forget(stream)
+            self._abandon(request.id)
+            raise
         except BaseException:
             await self._forget(stream)
             raise
-        log.debug("admitted", request_id=request.id, stage=route.stage, lane=route.lane, why=route.why)
         return stream
+
+    def _route(self, admission: Admission) -> Admission:
+        """Where it starts, as the pool looks now."""
+        request = admission.request
+        prompt_tokens = len(request.input.token_ids)
+        blocks = blocks_needed(prompt_tokens, request.input.sampling_options.n, self._block_size)
+        route = self._router.route(prompt_tokens, 0, self._load, admission.priority, blocks=blocks)
+        log.debug("routed", request_id=request.id, stage=route.stage, lane=route.lane, why=route.why)
+        return dataclasses.replace(admission, stage=route.stage, lane=route.lane, blocks=blocks)
+
+    def _limits(self, priority: str, deadline_s: float | None) -> Limits:
+        lane = self._settings.lane(priority)
+        return Limits(
+            lane.max_waiting_tasks, lane.max_waiting_tokens, deadline_s or lane.deadline_s, self._settings.result_ttl_s,
+            self._settings.dead_ttl_s,
+        )  # fmt: skip
+
+    def _refusal(self, admission: Admission, refusal: QueueFull) -> QueueFull:
+        """When to come again: what waits, at the pace at which it has been drained. Work that can wait is told that it has to."""
+        waiting = self._snapshot.waiting(admission.stage, admission.lane)
+        rate = self._drained_per_s.get(f"{admission.stage}:{admission.lane}", 0.0)
+        after_s = refusal.retry_after_s or retry_after_s(waiting, rate)
+        kind = LowLaneFull if admission.priority == "low" else QueueFull
+        return kind(str(refusal), retry_after_s=after_s)
+
+    async def _restore(self, admission: Admission, limits: Limits, admitted_s: float, delivered: Log) -> Restored:
+        """Redis lost (the end of) a request that this process serves: admit it again under its id, with what its reader was sent."""
+        left_s = max(1.0, limits.deadline_s - (time.monotonic() - admitted_s))
+        log.warning(
+            "Redis lost a request or the end of its log, admitting it again", request_id=admission.request.id,
+            tokens=[len(tokens) for tokens in delivered.tokens],
+        )  # fmt: skip
+        limits = dataclasses.replace(limits, deadline_s=left_s)
+        return await self.queue.restore(dataclasses.replace(self._route(admission), delay_s=0.0), limits, delivered)
+
+    def _abandon(self, request_id: str) -> None:
+        """Whether it was admitted is not known, and nobody waits for it any more: end it in the background."""
+        task = asyncio.create_task(self._cancel_quietly(request_id), name=f"abandon {request_id}")
+        self._abandoned.add(task)
+        task.add_done_callback(self._abandoned.discard)
+
+    async def _cancel_quietly(self, request_id: str) -> None:
+        with contextlib.suppress(BatonError):  # then its deadline ends it, or the sweep when this process has ended
+            await self.queue.cancel(request_id, "its client left while it was admitted")
 
     async def attach(self, request_id: str, choices: int) -> RequestStream:
         """Read a request that somebody else may be serving, from its first token on; several readers may attach."""
@@ -170,7 +214,7 @@ class PoolClient:
                 continue
             try:
                 items = decode(data)
-            except msgspec.DecodeError as error:
+            except UNREADABLE as error:
                 log.error("frame is not readable, streams go on from their logs", channel=channel, error=str(error))
                 self._resubscribed(self.queue.keys.bus(self._name))
                 continue
@@ -226,7 +270,8 @@ def blocks_needed(prompt_tokens: int, n: int, block_size: int) -> int:
 
 
 def drained_per_s(rates: dict[str, float], before: PoolSnapshot, after: PoolSnapshot) -> dict[str, float]:
-    """Claims a second by stage and lane: an average over about ten readings."""
+    """Claims a second by stage and lane: an average over about ten readings between which something waited all the time. A lane
+    that was empty meanwhile says nothing of how fast it could have been drained."""
     seconds = (after.time_ms - before.time_ms) / 1000
     if before.time_ms == 0 or seconds <= 0:
         return rates
@@ -234,6 +279,8 @@ def drained_per_s(rates: dict[str, float], before: PoolSnapshot, after: PoolSnap
     for name, value in after.counters.items():
         if name.startswith("claimed:"):
             lane = name.removeprefix("claimed:")
+            if not before.waiting(*lane.split(":", 1)):
+                continue
             rate = max(0, value - before.counters.get(name, 0)) / seconds
             updated[lane] = 0.9 * rates[lane] + 0.1 * rate if lane in rates else rate
     return updated

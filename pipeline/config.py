@@ -15,6 +15,7 @@ Amount = Annotated[int, Meta(ge=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(gt=0, le=1)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +62,15 @@ class RouterSettings(Section, frozen=True, kw_only=True):
     max_prefill_queue_size: Amount = 1_000_000
 
 
+class LaneSettings(Section, frozen=True, kw_only=True):
+    """`[queue.high]`, `[queue.default]`, `[queue.low]`: what differs in one lane; 0 means as in `[queue]`."""
+
+    max_waiting_tasks: Amount = 0
+    max_waiting_tokens: Amount = 0
+    deadline_s: NotNegative = 0.0
+    prefill_share: Share = 1.0  # of a prefill worker's blocks and room for handles that tasks of this lane may fill
+
+
 class QueueSettings(Section, frozen=True, kw_only=True):
     """`[queue]`: admission and life of requests."""
 
@@ -68,7 +78,22 @@ class QueueSettings(Section, frozen=True, kw_only=True):
     max_waiting_tokens: Amount = 100_000_000  # queued prompt tokens a lane
     deadline_s: Positive = 600.0
     result_ttl_s: Positive = 600.0  # how long an ended request can be read
+    dead_ttl_s: Positive = 86_400.0  # how long a dead-lettered request can be shown and replayed
     overtake_ms: Amount = 2000  # longest that a task which does not fit is passed over
+    guard_ms: Amount = 10_000  # what has waited so long on a lower lane gets each eighth claim
+    high: LaneSettings = LaneSettings()
+    default: LaneSettings = LaneSettings(prefill_share=0.9)
+    low: LaneSettings = LaneSettings(prefill_share=0.5)
+
+    def lane(self, name: str) -> LaneSettings:
+        """What holds for a lane, nothing left open. A worker's own lane is as good as the highest."""
+        own: LaneSettings = {"default": self.default, "low": self.low}.get(name, self.high)
+        return LaneSettings(
+            max_waiting_tasks=own.max_waiting_tasks or self.max_waiting_tasks,
+            max_waiting_tokens=own.max_waiting_tokens or self.max_waiting_tokens,
+            deadline_s=own.deadline_s or self.deadline_s,
+            prefill_share=own.prefill_share,
+        )
 
 
 class WorkerSettings(Section, frozen=True, kw_only=True):
@@ -79,6 +104,10 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
     drain_s: NotNegative = 60.0
     stall_s: Positive = 60.0  # an engine whose step counter stands still this long while it has work is replaced
     max_attempts: Count = 3  # deliveries without progress before a task is dead-lettered
+    retry_backoff_s: NotNegative = (
+        0.5  # wait before the first retry of a task that failed; doubled each time, with jitter
+    )
+    retry_backoff_max_s: NotNegative = 10.0
 
 
 class TorchSettings(Section, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ BatonError
 │   └── ModelNotFound
 ├── Refused                   not admitted; `retry_after_s` says when to come again
 │   ├── QueueFull
+│   │   └── LowLaneFull
 │   └── Draining
 ├── DeadlineExceeded          the request's time ran out; `stage` says where
 ├── RequestFailed             accepted, then ended as failed or dead-lettered
@@ -69,6 +70,12 @@ class QueueFull(Refused):
     """The lane holds as many tasks or prompt tokens as it may."""
 
     code = "overloaded"
+
+
+class LowLaneFull(QueueFull):
+    """The lane of work that can wait is full; others may still be taken."""
+
+    code = "resource_unavailable"
 
 
 class Draining(Refused):

@@ -13,6 +13,7 @@ GROUP = "workers"  # the one consumer group of every lane
 PARKED = (
     "-"  # the consumer that holds deliveries which nobody works on: passed over, handed back, or lost by a dead worker
 )
+DELAYED = "~"  # the consumer that holds deliveries which wait for their next try
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,18 +27,29 @@ class KeySpec:
 
 
 TABLE: dict[str, KeySpec] = {
-    "req": KeySpec("req:{0}", "hash", "admit", "no TTL while it lives; the end sets `queue.result_ttl_s`"),
+    "req": KeySpec(
+        "req:{0}", "hash", "admit", "no TTL while it lives; the end sets `queue.result_ttl_s`, or `queue.dead_ttl_s`"
+    ),
     "log": KeySpec("log:{0}:{1}", "string of packed u32", "handover, step", "as its request"),
     "lane": KeySpec("q:{0}:{1}", "stream", "admit, handover", "kept; an entry is deleted when acked"),
     "deadlines": KeySpec("deadlines", "zset id -> ms", "admit", "member until the request ends"),
     "counters": KeySpec("counters", "hash", "all scripts", "kept"),
+    "delayed": KeySpec(
+        "delayed", "zset id -> ms", "admit, handback", "member until its time has come or its request ends"
+    ),
+    "orphans": KeySpec("orphans", "zset id -> ms", "sweep", "member until a reader comes back or its time has come"),
+    "served": KeySpec(
+        "served:{0}", "set of ids", "admit", "member until the request ends or the sweep finds its API gone"
+    ),
+    "stages": KeySpec("stages", "set of names", "renew", "kept"),
+    "swept": KeySpec("swept", "hash", "sweep", "kept"),
     "settings": KeySpec("settings", "hash", "operator", "kept"),
     "alive": KeySpec(
         "alive:{0}", "zset name -> expiry ms", "renew", "member until it leaves or the sweep finds it expired"
     ),
     "worker": KeySpec("worker:{0}", "hash", "renew, claim", "three leases after the last renewal"),
     "idem": KeySpec("idem:{0}", "string id", "admit", "as its request"),
-    "dead": KeySpec("dead", "stream", "sweep, handback", "last 10,000"),
+    "dead": KeySpec("dead", "stream", "sweep, handback", "last 10,000; their records stay for `queue.dead_ttl_s`"),
     "sweep": KeySpec("sweep", "string", "sweep", "one sweep interval: one sweeper at a time"),
     "bus": KeySpec("bus:{0}", "channel", "-", "frames for one API process"),
     "tok": KeySpec("tok:{0}", "channel", "-", "frames of one watched request"),
@@ -92,6 +104,18 @@ class PoolKeys:
         """Hash: waiting tasks and tokens by stage and lane, totals since the pool began."""
         return self._of("counters")
 
+    def delayed(self) -> str:
+        """Sorted set: requests that wait for a retry, or were admitted for later, by the ms at which they may be claimed."""
+        return self._of("delayed")
+
+    def orphans(self) -> str:
+        """Sorted set: requests without a reader by the ms at which they are cancelled."""
+        return self._of("orphans")
+
+    def served(self, api: str) -> str:
+        """Set: requests that end when the API process that serves them does."""
+        return self._of("served", api)
+
     def settings(self) -> str:
         """Hash: router settings changed at run time, read by every API replica."""
         return self._of("settings")
@@ -127,7 +151,7 @@ class PoolKeys:
 
 def lua_prelude() -> str:
     """Lua functions `key_<name>(...)` that build the same names; `root` is KEYS[1]."""
-    lines = ["local root = KEYS[1]", f"local GROUP, PARKED = '{GROUP}', '{PARKED}'"]
+    lines = ["local root = KEYS[1]", f"local GROUP, PARKED, DELAYED = '{GROUP}', '{PARKED}', '{DELAYED}'"]
     for name, spec in TABLE.items():
         count = spec.template.count("{")
         params = ", ".join("ab"[:count])

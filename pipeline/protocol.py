@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 WIRE_VERSION = 1
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # all that decoding foreign bytes raises
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

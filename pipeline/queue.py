@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.connection import Connection, Script
+from pipeline.connection import Arg, Connection, Script
 from pipeline.errors import QueueFull
 from pipeline.keys import PoolKeys
 from pipeline.protocol import (
@@ -33,6 +33,7 @@ from pipeline.protocol import (
 
 STAGES = ("prefill", "decode")
 LANES = ("high", "default", "low")
+SWEPT = ("expired", "parked", "dead", "moved", "deleted", "cancelled", "resumed", "held_back")
 ENDED_STATES = ("done", "failed", "cancelled", "expired", "dead")
 
 
@@ -60,6 +61,9 @@ class Delivery:
     api: str
     prompt_tokens: int
     log: Log
+    is_suspect: bool = (
+        False  # its last delivery ended in a dead engine: nothing else is started beside it until it has made progress
+    )
 
     @property
     def key(self) -> str:
@@ -104,6 +108,39 @@ class Limits:
     max_waiting_tokens: int
     deadline_s: float
     result_ttl_s: float
+    dead_ttl_s: float = 86_400.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Admission:
+    """A request on its way into a pool: where it starts, and what becomes of it when its API process ends."""
+
+    request: Request
+    stage: str
+    lane: str
+    blocks: int
+    api: str
+    priority: str = "default"
+    idempotency_key: str = ""
+    linger_s: float | None = None  # it goes on for so long after its API process ended; None: to its end
+    delay_s: float = 0.0  # nobody may claim it before
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LaneLook:
+    """One look that a claim takes at a lane: tasks of at most `free_blocks`; `aged`: only those that have waited long."""
+
+    lane: str
+    free_blocks: int
+    aged: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Restored:
+    """What became of a request that its API brought back: "ok", an ended state, or "diverged"."""
+
+    state: str
+    choice: int = 0  # whose log says otherwise
 
 
 class PoolQueue:
@@ -123,18 +160,14 @@ class PoolQueue:
 
     # -- a client's side ----------------------------------------------------------------------------------------------
 
-    async def admit(
-        self, request: Request, *, stage: str, lane: str, blocks: int, api: str, limits: Limits, priority: str = "default",
-        idempotency_key: str = "",
-    ) -> str:  # fmt: skip
+    async def admit(self, admission: Admission, limits: Limits) -> str:
         """Store the request and put its first task on a lane; returns its id, or the id of the first request of that key.
 
         Raises `QueueFull` when the lane is full; `retry_after_s` is then 0: the caller knows the drain rate.
         """
+        lane, stage = admission.lane, admission.stage
         answer = await self._call(
-            "admit", request.id, stage, lane, self._encode(request), len(request.input.token_ids), blocks,
-            request.input.sampling_options.n, WIRE_VERSION, api, limits.deadline_s, int(limits.result_ttl_s),
-            limits.max_waiting_tasks, limits.max_waiting_tokens, idempotency_key, priority,
+            "admit", *self._stored(admission, limits), limits.max_waiting_tasks, limits.max_waiting_tokens,
             waits_for_memory=False,
         )  # fmt: skip
         if answer[0] == b"full":
@@ -142,7 +175,26 @@ class PoolQueue:
                 f"lane {lane} of {stage} holds {answer[1]} tasks and {answer[2]} prompt tokens: try again later",
                 retry_after_s=0.0,
             )
-        return answer[1].decode() if answer[0] == b"duplicate" else request.id
+        return answer[1].decode() if answer[0] == b"duplicate" else admission.request.id
+
+    async def restore(self, admission: Admission, limits: Limits, log: Log) -> Restored:
+        """Bring back what Redis lost of a request: all of it, or the end of its logs, which its client was sent."""
+        rows = zip(log.tokens, log.finished, strict=True)
+        logs = [value for tokens, reason in rows for value in (pack_tokens(tokens), reason or "")]
+        answer = await self._call("restore", *self._stored(admission, limits), *logs)
+        if answer[0] == b"ok":
+            return Restored("ok")
+        return Restored("diverged", int(answer[1])) if answer[0] == b"diverged" else Restored(answer[1].decode())
+
+    def _stored(self, admission: Admission, limits: Limits) -> tuple[Arg, ...]:
+        """The arguments of `request_of` in `_lib.lua`."""
+        request, linger_s = admission.request, admission.linger_s
+        return (
+            request.id, admission.stage, admission.lane, self._encode(request), len(request.input.token_ids), admission.blocks,
+            request.input.sampling_options.n, WIRE_VERSION, admission.api, limits.deadline_s, int(limits.result_ttl_s),
+            int(limits.dead_ttl_s), admission.priority, admission.idempotency_key,
+            "" if linger_s is None else int(linger_s * 1000), int(admission.delay_s * 1000),
+        )  # fmt: skip
 
     async def attach(self, request_id: str, *, watch: bool) -> Standing | None:
         """State and logs of a request; with `watch` its tokens also go to its own channel. None when unknown."""
@@ -168,19 +220,20 @@ class PoolQueue:
     # -- a worker's side ----------------------------------------------------------------------------------------------
 
     async def claim(
-        self, stage: str, worker: str, lanes: Sequence[str], *, free_blocks: int, total_blocks: int, overtake_ms: int,
-        nonce: str = "",
+        self, stage: str, worker: str, looks: Sequence[LaneLook], *, total_blocks: int, overtake_ms: int, guard_ms: int = 0,
+        held: int = 0, nonce: str = "",
     ) -> Delivery | None:  # fmt: skip
-        """One task that fits, or None. `lanes` in the order in which they are looked at, the worker's own first."""
+        """One task that fits, or None. `looks` in their order, the worker's own lane first; `held`: tasks that run here already."""
+        flat = [value for look in looks for value in (look.lane, look.free_blocks, "aged" if look.aged else "")]
         answer = await self._call(
-            "claim", stage, worker, nonce or secrets.token_hex(8), free_blocks, total_blocks, WIRE_VERSION, overtake_ms, *lanes
+            "claim", stage, worker, nonce or secrets.token_hex(8), held, total_blocks, WIRE_VERSION, overtake_ms, guard_ms, *flat
         )  # fmt: skip
         if not answer:
             return None
         return Delivery(
             id=answer[0].decode(), epoch=int(answer[1]), body=answer[2], stage=answer[3].decode(), lane=answer[4].decode(),
             handle=answer[5], attempts=int(answer[6]), deadline_ms=int(answer[7]), api=answer[8].decode(),
-            prompt_tokens=int(answer[9]), log=_log(answer[10:]),
+            prompt_tokens=int(answer[9]), is_suspect=answer[10] == b"1", log=_log(answer[11:]),
         )  # fmt: skip
 
     async def handover(
@@ -207,8 +260,8 @@ class PoolQueue:
         cached = "" if cached_tokens is None else cached_tokens
         return _verdict(await self._call("fetched", delivery.id, delivery.epoch, worker, recomputed, cached))
 
-    async def step(self, items: Sequence[StepItem]) -> list[Verdict]:
-        """Log and publish the outputs of a step, one script call for each API process among them."""
+    async def step(self, worker: str, items: Sequence[StepItem]) -> list[Verdict]:
+        """Log and publish the outputs of a step of `worker`, one script call for each API process among them."""
         verdicts: list[Verdict] = [Verdict.ENDED] * len(items)
         for api, positions in _by_api(items).items():
             args: list[Any] = []
@@ -219,7 +272,7 @@ class PoolQueue:
                 reason = output.finish_reason or ""
                 args += (item.request_id, item.epoch, output.choice, output.index, tokens, reason)
                 args.append(self.frame_item(item.request_id, output, tokens))
-            answers = await self._call("step", api, *args)
+            answers = await self._call("step", api, worker, *args)
             for position, answer in zip(positions, answers, strict=True):
                 verdicts[position] = Verdict(answer)
         return verdicts
@@ -228,11 +281,15 @@ class PoolQueue:
         """An output as an item of a frame."""
         return self._encode(TokenItem(request_id, output.choice, output.index, tokens, output.finish_reason or ""))
 
-    async def hand_back(self, delivery: Delivery, worker: str, *, counts: bool, max_attempts: int, why: str) -> str:
-        """Give a task back unfinished. Returns parked, dead, fenced or ended."""
+    async def hand_back(
+        self, delivery: Delivery, worker: str, *, counts: bool, max_attempts: int, why: str, delay_s: float = 0.0,
+        is_suspect: bool = False,
+    ) -> str:  # fmt: skip
+        """Give a task back unfinished, to be claimed again after `delay_s`. Returns parked, dead, fenced or ended."""
         answer = await self._call(
-            "handback", delivery.id, delivery.epoch, worker, "1" if counts else "", max_attempts, why
-        )
+            "handback", delivery.id, delivery.epoch, worker, "1" if counts else "", max_attempts, why, int(delay_s * 1000),
+            "always" if is_suspect else "never",
+        )  # fmt: skip
         return str(answer[0].decode())
 
     async def renew(
@@ -259,7 +316,7 @@ class PoolQueue:
     async def sweep(self, sweeper: str, *, interval_s: float, lease_s: float, max_attempts: int) -> dict[str, int]:
         """Put right what nobody else will; empty when another process swept within the interval."""
         answer = await self._call("sweep", sweeper, int(interval_s * 1000), int(lease_s * 1000), max_attempts)
-        return dict(zip(("expired", "parked", "dead", "moved", "deleted"), answer, strict=False))
+        return dict(zip(SWEPT, answer, strict=False))
 
 
 def _verdict(answer: Sequence[bytes]) -> Verdict:

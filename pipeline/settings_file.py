@@ -70,7 +70,7 @@ def collect_values(path: Path | None, env: Mapping[str, str], overrides: Sequenc
 
 def known_keys(pools: Iterable[str]) -> list[Key]:
     """All keys of the schema, with one `[pools.<name>]` section for each of `pools`."""
-    return list(_section_keys(Settings, "", list(pools)))
+    return list(_section_keys(Settings(), "", list(pools)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,16 +95,16 @@ def settings_path(flag: Path | None, env: Mapping[str, str]) -> Path | None:
     return DEFAULT_FILE if DEFAULT_FILE.exists() else None
 
 
-def _section_keys(section: type[Section], prefix: str, pools: list[str]) -> Iterator[Key]:
+def _section_keys(section: Section, prefix: str, pools: list[str]) -> Iterator[Key]:
     for field in msgspec.structs.fields(section):
-        path = prefix + field.name
+        path, default = prefix + field.name, getattr(section, field.name)
         if path == "pools":
             for name in pools:
-                yield from _section_keys(PoolSettings, f"pools.{name}.", pools)
-        elif isinstance(field.type, type) and issubclass(field.type, Section):
-            yield from _section_keys(field.type, f"{path}.", pools)
+                yield from _section_keys(PoolSettings(), f"pools.{name}.", pools)
+        elif isinstance(default, Section):
+            yield from _section_keys(default, f"{path}.", pools)
         else:
-            yield Key(path, field.type, field.default)
+            yield Key(path, field.type, default)
 
 
 def _file_values(path: Path) -> dict[str, Value]:

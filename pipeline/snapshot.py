@@ -11,7 +11,7 @@ from pipeline.config import RouterSettings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
 from pipeline.keys import PoolKeys
-from pipeline.protocol import BellNote
+from pipeline.protocol import UNREADABLE, BellNote
 from pipeline.routing import PoolLoad
 
 ROLES = ("prefill", "decode", "api")
@@ -86,7 +86,7 @@ def _total_blocks(info: bytes) -> int | None:
     """What a worker says of the largest task that it could start; None when it has not."""
     try:
         return msgspec.json.decode(info, type=_Said).total_blocks
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None
 
 

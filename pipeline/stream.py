@@ -11,8 +11,8 @@ import msgspec
 import structlog
 
 from pipeline.errors import RedisUnavailable
-from pipeline.protocol import EndItem, FinishReason, Timeline, TokenItem, unpack_tokens
-from pipeline.queue import ENDED_STATES, Standing
+from pipeline.protocol import EndItem, FinishReason, Log, Timeline, TokenItem, unpack_tokens
+from pipeline.queue import ENDED_STATES, Restored, Standing
 
 log = structlog.get_logger("baton.stream")
 
@@ -71,15 +71,22 @@ class RequestStream:
         self._delivered: list[list[int]] = [
             [] for _ in range(choices)
         ]  # what the reader got: a log that says otherwise ends it
-        self._finished = [False] * choices
+        self._reasons: list[FinishReason | None] = [
+            None
+        ] * choices  # why those choices ended that the reader has seen end
         self._buffer: list[TokenChunk] = []
         self._buffer_items = buffer_items
         self._behind = False  # the log knows more than the buffer: read it before going on
         self._waiter: asyncio.Future[None] | None = None
         self._read, self._cancel, self._forget = read, cancel, forget
+        self._restore: Callable[[Log], Awaitable[Restored]] | None = None
         self._last_item_s = time.monotonic()
         self._heard_s = self._last_item_s  # when Redis last answered a read; while it is away the stream waits
         self._patience_s = patience_s
+
+    def serve(self, restore: Callable[[Log], Awaitable[Restored]]) -> None:
+        """This reader's process answers for the request: what Redis loses of it is brought back by `restore`."""
+        self._restore = restore
 
     # -- the bus's side: never blocks, never raises ---------------------------------------------------------------------
 
@@ -99,7 +106,7 @@ class RequestStream:
                 self._diverge(choice)
                 return
             tokens = overlapping[have:]
-            if not tokens and not (item.finish_reason and not self._finished[choice]):
+            if not tokens and not (item.finish_reason and self._reasons[choice] is None):
                 return
             index += have
         if self._behind:
@@ -115,7 +122,7 @@ class RequestStream:
         usage = Usage(item.prompt_tokens, item.completion_tokens, item.cached_tokens)
         self.ended = Ended(item.state, item.reason, usage, item.stage, item.timeline)
         is_short = sum(self._next) < item.completion_tokens
-        if is_short or (item.state == "done" and not all(self._finished)):
+        if is_short or (item.state == "done" and None in self._reasons):
             self._behind = True
         self._wake()
 
@@ -132,7 +139,7 @@ class RequestStream:
         self._next[choice] = index + len(tokens)
         self._delivered[choice] += tokens
         if reason is not None:
-            self._finished[choice] = True
+            self._reasons[choice] = reason
         self._buffer.append(TokenChunk(choice, index, tokens, reason))
 
     def _diverge(self, choice: int) -> None:
@@ -179,6 +186,7 @@ class RequestStream:
 
     async def _catch_up(self) -> None:
         self._behind = False
+        sent = list(self._next)  # what comes live while the log is read is no loss
         try:
             standing = await self._read(self.id)
         except RedisUnavailable as error:
@@ -189,9 +197,12 @@ class RequestStream:
             await asyncio.sleep(READ_AGAIN_S)
             return
         self._heard_s = time.monotonic()
-        if standing is None:
+        if standing is None and self._restore is None:
             gone = Usage(0, sum(self._next), 0)
             self.ended = Ended("failed", "Redis does not know this request any more", gone, "", Timeline())
+            return
+        if standing is None or self._is_behind(standing, sent):
+            await self._bring_back()
             return
         for choice, (tokens, reason) in enumerate(zip(standing.log.tokens, standing.log.finished, strict=True)):
             sent = self._delivered[choice]
@@ -199,11 +210,31 @@ class RequestStream:
                 self._diverge(choice)
                 return
             missing = tokens[self._next[choice] :]
-            if missing or (reason is not None and not self._finished[choice]):
+            if missing or (reason is not None and self._reasons[choice] is None):
                 self._append(choice, self._next[choice], missing, reason)
         if standing.state in ENDED_STATES and self.ended is None:
             usage = Usage(standing.prompt_tokens, standing.completion_tokens, standing.cached_tokens)
             self.ended = Ended(standing.state, standing.reason, usage, standing.stage, standing.timeline)
+
+    def _is_behind(self, standing: Standing, sent: list[int]) -> bool:
+        """Whether a living request's logs hold less than the reader was sent: Redis lost the difference."""
+        lengths = (len(tokens) for tokens in standing.log.tokens)
+        is_short = any(length < count for length, count in zip(lengths, sent, strict=True))
+        return is_short and self._restore is not None and standing.state not in ENDED_STATES
+
+    async def _bring_back(self) -> None:
+        assert self._restore is not None
+        try:
+            restored = await self._restore(Log(tokens=self._delivered, finished=self._reasons))
+        except RedisUnavailable as error:
+            log.warning("not brought back yet, trying again", request_id=self.id, error=str(error))
+            self._behind = True
+            await asyncio.sleep(READ_AGAIN_S)
+            return
+        if restored.state == "diverged":
+            self._diverge(restored.choice)
+        elif restored.state != "ok":
+            self._behind = True  # it ended meanwhile: read how
 
     async def cancel(self, reason: str = "client disconnected") -> None:
         """End the request; whoever holds it stops and frees its blocks."""

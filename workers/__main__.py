@@ -71,16 +71,15 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
         engine, holdings, settings.worker, on_outputs=lambda outputs: take(outputs), on_change=lambda: worker.wake()
     )
     worker = Worker(
-        connection, pool, name, settings.worker, holdings=holdings, resources=engine,
+        connection, pool, name, settings.worker, settings.queue, holdings=holdings, resources=engine,
         capacity=EngineCapacity(engine, holdings, lambda: supervisor.is_up, stage=stage),
-        overtake_ms=settings.queue.overtake_ms,
     )  # fmt: skip
 
     async def stop(held: Held, why: str) -> None:
         await engine.cancel(held.key)
         held.drop(why)
 
-    steps = StepWriter(worker.queue, holdings, stop=stop)
+    steps = StepWriter(worker.queue, name, holdings, stop=stop)
 
     async def take(outputs: list[LLMEngineOutput]) -> None:
         kept = stops.cut_all(outputs)

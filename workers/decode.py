@@ -7,8 +7,8 @@ import structlog
 from pipeline.errors import KVLost, RedisUnavailable, WireError
 from pipeline.queue import Verdict
 from workers.engine import AsyncEngine
-from workers.holdings import Holdings, Task
-from workers.outcome import Done, Dropped, Outcome
+from workers.holdings import Held, Holdings, Task
+from workers.outcome import Done, Dropped, Outcome, Retry
 from workers.stops import StopStrings
 from workers.worker import Worker
 
@@ -30,10 +30,22 @@ def register(worker: Worker, engine: AsyncEngine, holdings: Holdings, stops: Sto
             verdict = await _say_joined(worker, task, cached_tokens, recomputed)
             if verdict is not Verdict.ACCEPTED:
                 return Dropped(verdict.name.lower())
+            if task.delivery.is_suspect:
+                return await _prove(held)
             await held.complete
             return Done()
         finally:
             stops.forget(task.delivery.key)
+
+
+async def _prove(held: Held) -> Outcome:
+    """Its last delivery ended in a dead engine, so it runs alone. A token later the engine lives: others may be tried, and it joins
+    them from its log instead of keeping them waiting until its end."""
+    await held.progress.wait()
+    if held.complete.done():
+        held.complete.result()  # raises what made the engine give up on it
+        return Done()
+    return Retry("ran alone without harm, joins the others", counts=False)
 
 
 async def _say_joined(worker: Worker, task: Task, cached_tokens: int, recomputed: str) -> Verdict:

@@ -38,6 +38,7 @@ class Held:
         self.lengths = [len(tokens) for tokens in task.log.tokens]
         self.open = {choice for choice, reason in enumerate(task.log.finished) if reason is None}
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.progress = asyncio.Event()  # a token was logged, or it is over
         self.job: asyncio.Task[None] | None = None
         self.dropped = ""  # why this delivery is not ours any more
         self.is_settling = False  # its handler is done: what is left to say frees what it holds, and is not interrupted
@@ -54,12 +55,14 @@ class Held:
             self.open.discard(output.choice)
         if not self.open and not self.complete.done():
             self.complete.set_result(None)
+        self.progress.set()
 
     def fail(self, error: EngineError) -> None:
         """The engine cannot go on with it."""
         if not self.complete.done():
             self.complete.set_exception(error)
             self.complete.exception()  # the handler may not be waiting for it yet
+        self.progress.set()
 
     def drop(self, why: str) -> None:
         """It is not ours any more: stop its handler, say nothing."""
@@ -75,12 +78,15 @@ class Holdings:
         self._held: dict[str, Held] = {}
 
     def add(self, held: Held) -> None:
-        """Take a delivery in."""
+        """Take a delivery in. One of the same name is of an epoch that Redis lost and gave again: it is not ours any more."""
+        if (before := self._held.get(held.key)) is not None:
+            before.drop("Redis lost its epoch")
         self._held[held.key] = held
 
     def remove(self, held: Held) -> None:
         """Let it go; a later delivery of the same request stays."""
-        self._held.pop(held.key, None)
+        if self._held.get(held.key) is held:
+            del self._held[held.key]
 
     def get(self, key: str) -> Held | None:
         """A delivery, if it is held. Engines know a delivery by its key: it is their request id."""
@@ -92,6 +98,10 @@ class Holdings:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def has_suspect(self) -> bool:
+        """Whether a delivery is held that must run alone."""
+        return any(held.task.delivery.is_suspect for held in self._held.values())
 
     def choices(self) -> int:
         """Sequences that are held: open choices of all deliveries."""

@@ -24,10 +24,15 @@ class Handover:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Retry:
-    """The task waits again, ahead of new ones. A delivery without progress counts as an attempt when `counts`."""
+    """The task waits again, ahead of new ones. A delivery without progress counts as an attempt when `counts`.
+
+    `backs_off`: not at once, but later each time. `is_suspect`: its engine died, perhaps of it, so it runs alone the next time.
+    """
 
     why: str
     counts: bool = True
+    backs_off: bool = False
+    is_suspect: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +68,11 @@ def classify(error: BaseException) -> Outcome:
             return Fail(str(error))
         case DeadlineExceeded():
             return Dropped(str(error))
-        case EngineDied() | RedisUnavailable() | TransferError():
+        case EngineDied():
+            return Retry(str(error), is_suspect=True)
+        case RedisUnavailable():
             return Retry(str(error))
+        case TransferError():
+            return Retry(str(error), backs_off=True)
         case _:
-            return Retry(f"{type(error).__name__}: {error}")
+            return Retry(f"{type(error).__name__}: {error}", backs_off=True)

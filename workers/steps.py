@@ -19,8 +19,11 @@ log = structlog.get_logger("baton.steps")
 class StepWriter:
     """Owns what is computed and not yet written. `put` never waits; `run` writes until cancelled."""
 
-    def __init__(self, queue: PoolQueue, holdings: Holdings, *, stop: Callable[[Held, str], Awaitable[None]]) -> None:
+    def __init__(
+        self, queue: PoolQueue, worker: str, holdings: Holdings, *, stop: Callable[[Held, str], Awaitable[None]]
+    ) -> None:
         self._queue = queue
+        self._worker = worker
         self._holdings = holdings
         self._stop = stop  # called for a delivery that is not ours any more
         self._pending: list[LLMEngineOutput] = []
@@ -52,7 +55,7 @@ class StepWriter:
     async def _write(self, items: list[StepItem]) -> list[Verdict]:
         while True:
             try:
-                return await self._queue.step(items)
+                return await self._queue.step(self._worker, items)
             except (
                 RedisUnavailable
             ) as error:  # a step may be repeated; what ran out meanwhile is fenced when it is back

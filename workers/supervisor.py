@@ -13,7 +13,9 @@ from pipeline.config import WorkerSettings
 from pipeline.errors import BatonError, EngineDied
 from pipeline.protocol import LLMEngineOutput
 from workers.child import ChildEngine
+from workers.engine import EngineStats
 from workers.holdings import Holdings
+from workers.policy import free_for_share
 
 log = structlog.get_logger("baton.engine")
 
@@ -106,7 +108,7 @@ class EngineCapacity:
         self._is_up = supervisor
         self._stage = stage
 
-    def free_blocks(self) -> int:
+    def free_blocks(self, share: float = 1.0) -> int:
         """See `Capacity.free_blocks`. A worker never claims what it would only keep waiting while others are idle."""
         if not self._is_up():
             return 0
@@ -115,8 +117,10 @@ class EngineCapacity:
         if self._stage == "prefill":
             if self._holdings.prompt_tokens() >= max(1, info.max_num_batched_tokens):
                 return 0
-            room = self._engine.stats().handle_bytes_free // info.block_nbytes
-            return min(info.num_blocks, room) - in_use
+            stats = self._engine.stats()
+            exported, room = stats.handle_bytes // info.block_nbytes, self._room(stats)
+            for_lane = free_for_share(share, room, exported + in_use)
+            return min(info.num_blocks - in_use, room - exported - in_use, for_lane)
         if self._holdings.choices() >= info.max_num_seqs:
             return 0
         return info.num_blocks - in_use
@@ -126,8 +130,11 @@ class EngineCapacity:
         info = self._engine.info
         if self._stage != "prefill":
             return info.num_blocks
-        stats = self._engine.stats()
-        return min(info.num_blocks, (stats.handle_bytes + stats.handle_bytes_free) // info.block_nbytes)
+        return min(info.num_blocks, self._room(self._engine.stats()))
+
+    def _room(self, stats: EngineStats) -> int:
+        """Blocks that fit the room for handles when it is empty."""
+        return (stats.handle_bytes + stats.handle_bytes_free) // self._engine.info.block_nbytes
 
     def describe(self) -> bytes:
         """Engine facts and figures, for status and metrics."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -22,14 +23,15 @@ from typing import Protocol, assert_never
 import msgspec
 import structlog
 
-from pipeline.config import WorkerSettings
+from pipeline.config import QueueSettings, WorkerSettings
 from pipeline.connection import Connection, Subscription
 from pipeline.errors import BatonError, RedisUnavailable, WireError
-from pipeline.protocol import BellNote, CancelNote, FreeNote, KVHandle, Note, Request
+from pipeline.protocol import UNREADABLE, BellNote, CancelNote, FreeNote, KVHandle, Note, Request
 from pipeline.queue import LANES, Delivery, PoolQueue, Verdict, delivery_key
 from pipeline.waiting import wait_at_most
 from workers.holdings import Held, Holdings, Task
 from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify
+from workers.policy import backoff_s, lane_looks
 
 log = structlog.get_logger("baton.worker")
 
@@ -39,8 +41,8 @@ Handler = Callable[[Task], Awaitable[Outcome]]
 class Capacity(Protocol):
     """What a worker may start now; asked before each claim."""
 
-    def free_blocks(self) -> int:
-        """Blocks that a new task may take; 0 claims nothing."""
+    def free_blocks(self, share: float = 1.0) -> int:
+        """Blocks that a new task may take of what its lane may fill; 0 claims nothing."""
         ...
 
     def total_blocks(self) -> int:
@@ -68,8 +70,8 @@ class Worker:
     """See the module's docstring. `run` returns after `drain` was called and everything held is settled."""
 
     def __init__(
-        self, connection: Connection, pool: str, name: str, settings: WorkerSettings, *, holdings: Holdings,
-        capacity: Capacity, resources: Resources, overtake_ms: int,
+        self, connection: Connection, pool: str, name: str, settings: WorkerSettings, queue: QueueSettings, *,
+        holdings: Holdings, capacity: Capacity, resources: Resources,
     ) -> None:  # fmt: skip
         self.name = name
         self.queue = PoolQueue(connection, pool)
@@ -78,7 +80,8 @@ class Worker:
         self._holdings = holdings
         self._capacity = capacity
         self._resources = resources
-        self._overtake_ms = overtake_ms
+        self._queue_settings = queue
+        self._claims = 0
         self._stage = ""
         self._handler: Handler | None = None
         # blocks that this worker owns until they are fetched: handle id -> request id
@@ -160,20 +163,22 @@ class Worker:
             await wait_at_most(self._bell, self._settings.sweep_s)  # a lost bell costs one interval
 
     async def _claim(self) -> Delivery | None:
-        free = self._capacity.free_blocks()
-        if free <= 0:
+        free = {lane: self._capacity.free_blocks(self._queue_settings.lane(lane).prefill_share) for lane in LANES}
+        if max(free.values()) <= 0 or self._holdings.has_suspect():
             return None
         # kept until answered: a lost reply is given again
         self._claim_nonce = self._claim_nonce or secrets.token_hex(8)
         try:
             delivery = await self.queue.claim(
-                self._stage, self.name, self._lanes(), free_blocks=free, total_blocks=self._capacity.total_blocks(),
-                overtake_ms=self._overtake_ms, nonce=self._claim_nonce,
+                self._stage, self.name, lane_looks(f"@{self.name}", self._claims, free),
+                total_blocks=self._capacity.total_blocks(), overtake_ms=self._queue_settings.overtake_ms,
+                guard_ms=self._queue_settings.guard_ms, held=len(self._holdings), nonce=self._claim_nonce,
             )  # fmt: skip
         except BatonError as error:
             log.warning("cannot claim, trying again", worker=self.name, error=str(error))
             return None
         self._claim_nonce = ""
+        self._claims += delivery is not None
         return delivery
 
     # -- one delivery ---------------------------------------------------------------------------------------------------
@@ -205,7 +210,7 @@ class Worker:
         try:
             request = self._decode_request(delivery.body)
             handle = self._decode_handle(delivery.handle) if delivery.handle else None
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise WireError(f"{delivery.id}: stored task is not readable: {error}") from error
         engines_view = msgspec.structs.replace(request.input, request_id=delivery.key)
         return Task(delivery, msgspec.structs.replace(request, input=engines_view), handle)
@@ -247,8 +252,9 @@ class Worker:
             case Retry():
                 await self._resources.cancel(delivery.key)
                 await self.queue.hand_back(
-                    delivery, self.name, counts=outcome.counts, max_attempts=attempts, why=outcome.why
-                )
+                    delivery, self.name, counts=outcome.counts, max_attempts=attempts, why=outcome.why,
+                    delay_s=self._delay_s(delivery) if outcome.backs_off else 0.0, is_suspect=outcome.is_suspect,
+                )  # fmt: skip
             case Reject():
                 await self.queue.hand_back(delivery, self.name, counts=True, max_attempts=0, why=outcome.why)
             case Fail():
@@ -257,6 +263,10 @@ class Worker:
                 await self._resources.cancel(delivery.key)
             case _:
                 assert_never(outcome)
+
+    def _delay_s(self, delivery: Delivery) -> float:
+        settings = self._settings
+        return backoff_s(delivery.attempts, settings.retry_backoff_s, settings.retry_backoff_max_s, random.random())
 
     async def _hand_over(self, delivery: Delivery, outcome: Handover) -> None:
         verdict, where = await self.queue.handover(
@@ -318,7 +328,7 @@ class Worker:
                 continue
             try:
                 note = decode(data)
-            except msgspec.DecodeError as error:
+            except UNREADABLE as error:
                 log.error("note is not readable, left out", worker=self.name, error=str(error))
                 continue
             match note:

@@ -28,6 +28,18 @@ local function ring(stage)
   redis.call('PUBLISH', key_bell(stage), cmsgpack.pack({'bell', stage}))
 end
 
+-- last-delivered-id of the lane's group; creates the group at 0 where it is missing (after Redis lost its data, too)
+local function last_delivered(lane_key)
+  local groups = redis.call('XINFO', 'GROUPS', lane_key)
+  for _, group in ipairs(groups) do
+    local g = {}
+    for i = 1, #group, 2 do g[group[i]] = group[i + 1] end
+    if g['name'] == GROUP then return g['last-delivered-id'] end
+  end
+  redis.call('XGROUP', 'CREATE', lane_key, GROUP, '0')
+  return '0-0'
+end
+
 -- Adds a task at the tail of a lane and makes it the request's current one.
 local function enqueue(id, stage, lane, tokens, blocks, version)
   -- a worker's own lane lives only as long as the worker is known: sweeps would never visit it afterwards
@@ -41,10 +53,41 @@ local function enqueue(id, stage, lane, tokens, blocks, version)
   return entry
 end
 
+-- The request that the first sixteen arguments of admit and restore describe.
+local function request_of(a)
+  return {id = a[1], stage = a[2], lane = a[3], body = a[4], tokens = a[5], blocks = a[6], n = a[7], version = a[8], api = a[9],
+    deadline_s = a[10], ttl = a[11], dead_ttl = a[12], priority = a[13], idem = a[14], linger = a[15], delay_ms = tonumber(a[16])}
+end
+
+-- Stores a request and lets it wait: on its lane, or until its delay is over.
+local function store(r, epoch)
+  local now = now_us()
+  local now_ms = math.floor(tonumber(now) / 1000)
+  local deadline = string.format('%.0f', now_ms + tonumber(r.deadline_s) * 1000)
+  redis.call('HSET', key_req(r.id), 'body', r.body, 'epoch', epoch, 'api', r.api, 'tokens', r.tokens, 'blocks', r.blocks,
+    'n', r.n, 'v', r.version, 'deadline', deadline, 'ttl', r.ttl, 'dead_ttl', r.dead_ttl, 'idem', r.idem, 'attempts', 0,
+    'priority', r.priority, 't_admitted', now, 'linger', r.linger)
+  redis.call('ZADD', key_deadlines(), deadline, r.id)
+  if r.linger ~= '' then redis.call('SADD', key_served(r.api), r.id) end
+  if r.delay_ms > 0 then -- it counts as waiting, but stands on no lane yet
+    redis.call('HSET', key_req(r.id), 'state', 'queued', 'stage', r.stage, 'lane', r.lane, 'entry', '', 'owner', '')
+    count_waiting(r.stage, r.lane, r.tokens, 1)
+    redis.call('ZADD', key_delayed(), string.format('%.0f', now_ms + r.delay_ms), r.id)
+  else
+    enqueue(r.id, r.stage, r.lane, r.tokens, r.blocks, r.version)
+  end
+end
+
 -- Ends a delivery for good. Only delivered entries are deleted, so the group's lag stays true.
 local function ack(stage, lane, entry)
   redis.call('XACK', key_lane(stage, lane), GROUP, entry)
   redis.call('XDEL', key_lane(stage, lane), entry)
+end
+
+-- Whether some worker (or PARKED, DELAYED) has been given the entry: then it may be deleted, without a hole in the group's lag.
+local function is_delivered(lane_key, entry)
+  last_delivered(lane_key)
+  return #redis.call('XPENDING', lane_key, GROUP, entry, entry, 1) > 0
 end
 
 local function publish(id, api, watch, frame)
@@ -66,11 +109,17 @@ local function finish(id, state, reason, by)
   if not h[1] then return {'gone', ''} end
   if is_ended(h[1]) then return {h[1], h[2]} end
   redis.call('ZREM', key_deadlines(), id) -- a first write that Redis allows when memory is full lets the rest through
+  redis.call('ZREM', key_orphans(), id)
+  redis.call('ZREM', key_delayed(), id)
+  redis.call('SREM', key_served(h[8]), id)
   if h[1] == 'running' then
     ack(h[3], h[4], h[5])
   else
-    count_waiting(h[3], h[4], h[13], -1) -- its entry stays: the next claim or sweep deletes it
+    count_waiting(h[3], h[4], h[13], -1)
+    -- an entry that nobody has been given stays: the next claim or sweep deletes it
+    if h[5] ~= '' and is_delivered(key_lane(h[3], h[4]), h[5]) then ack(h[3], h[4], h[5]) end
   end
+  if state == 'dead' then h[15] = redis.call('HGET', req, 'dead_ttl') or h[15] end -- as long as it can be replayed
   local completion = 0
   for choice = 0, tonumber(h[12]) - 1 do
     completion = completion + redis.call('STRLEN', key_log(id, choice)) / 4
@@ -98,15 +147,17 @@ local function log_length(id, n)
   return total
 end
 
--- Takes a running task from its owner and parks it: it waits again, ahead of new ones. A delivery that made no progress counts
--- as an attempt when `counts`; the last allowed one dead-letters the request.
-local function park(id, counts, max_attempts, why)
+-- Takes a running task from its owner and parks it: it waits again, ahead of new ones; after `delay_ms` where there is one. A
+-- delivery that made no progress counts as an attempt when `counts`; the last allowed one dead-letters the request. `suspect`:
+-- 'always' or 'stuck' (when it made no progress): it may be what killed its engine, so it runs alone the next time.
+local function park(id, counts, max_attempts, why, delay_ms, suspect)
   local req = key_req(id)
   local h = redis.call('HMGET', req, 'stage', 'lane', 'entry', 'tokens', 'n', 'claimed_length', 'owner')
   local stage, lane, entry = h[1], h[2], h[3]
-  redis.call('XCLAIM', key_lane(stage, lane), GROUP, PARKED, 0, entry, 'JUSTID')
+  redis.call('XCLAIM', key_lane(stage, lane), GROUP, delay_ms > 0 and DELAYED or PARKED, 0, entry, 'JUSTID')
+  local is_stuck = log_length(id, h[5]) == tonumber(h[6])
   local attempts = 0
-  if log_length(id, h[5]) == tonumber(h[6]) then
+  if is_stuck then
     attempts = redis.call('HINCRBY', req, 'attempts', counts and 1 or 0)
   else
     redis.call('HSET', req, 'attempts', 0)
@@ -117,10 +168,28 @@ local function park(id, counts, max_attempts, why)
     finish(id, 'dead', why .. ' after ' .. attempts .. ' attempts in ' .. stage, '')
     return 'dead'
   end
-  redis.call('HSET', req, 'state', 'queued', 'owner', '')
+  local runs_alone = suspect == 'always' or (suspect == 'stuck' and is_stuck)
+  redis.call('HSET', req, 'state', 'queued', 'owner', '', 'suspect', runs_alone and '1' or '')
   count_waiting(stage, lane, h[4], 1)
-  ring(stage)
+  if delay_ms > 0 then
+    redis.call('ZADD', key_delayed(), string.format('%.0f', tonumber(now_us()) / 1000 + delay_ms), id)
+  else
+    ring(stage)
+  end
   return 'parked'
+end
+
+-- A process is gone for good: its name leaves the groups of all lanes of a stage where it holds nothing.
+local function forget_consumer(stage, name)
+  for _, lane in ipairs({'high', 'default', 'low'}) do
+    local lane_key = key_lane(stage, lane)
+    if redis.call('EXISTS', lane_key) == 1 then
+      last_delivered(lane_key)
+      if #redis.call('XPENDING', lane_key, GROUP, '-', '+', 1, name) == 0 then
+        redis.call('XGROUP', 'DELCONSUMER', lane_key, GROUP, name)
+      end
+    end
+  end
 end
 
 -- The request that runs by this entry of a lane, or nil when the entry is not what keeps it running.
@@ -140,24 +209,12 @@ local function entry_of(lane_stage, lane, entry, fields)
   local e = {}
   for i = 1, #fields, 2 do e[fields[i]] = fields[i + 1] end
   if not e.id then return nil end
-  local h = redis.call('HMGET', key_req(e.id), 'state', 'stage', 'lane', 'entry', 'deadline', 'priority')
+  local h = redis.call('HMGET', key_req(e.id), 'state', 'stage', 'lane', 'entry', 'deadline', 'priority', 'suspect')
   if h[1] == 'queued' and h[2] == lane_stage and h[3] == lane and h[4] == entry then
-    e.deadline, e.priority = tonumber(h[5]), h[6]
+    e.deadline, e.priority, e.is_suspect = tonumber(h[5]), h[6], h[7] == '1'
     return e
   end
   return nil
-end
-
--- last-delivered-id of the lane's group; creates the group at 0 where it is missing (after Redis lost its data, too)
-local function last_delivered(lane_key)
-  local groups = redis.call('XINFO', 'GROUPS', lane_key)
-  for _, group in ipairs(groups) do
-    local g = {}
-    for i = 1, #group, 2 do g[group[i]] = group[i + 1] end
-    if g['name'] == GROUP then return g['last-delivered-id'] end
-  end
-  redis.call('XGROUP', 'CREATE', lane_key, GROUP, '0')
-  return '0-0'
 end
 
 local function peek_after(lane_key, last)

@@ -14,7 +14,7 @@ for _, lane in ipairs({'high', 'default', 'low', '@' .. name}) do
     for _, p in ipairs(redis.call('XPENDING', lane_key, GROUP, '-', '+', LIMIT, name)) do
       local id = running_by(lane, lane_key, p[1]) -- pending for this worker, so it is its owner
       if id then
-        park(id, true, max_attempts, name .. ' died')
+        park(id, true, max_attempts, name .. ' died', 0, 'stuck')
         given_back = given_back + 1
       end
     end

@@ -41,7 +41,7 @@ if not open then
   finish(id, 'done', '', worker)
   return {'ok', 'done'}
 end
-redis.call('HSET', req, 'handover_to', 'decode', 'attempts', 0)
+redis.call('HSET', req, 'handover_to', 'decode', 'attempts', 0, 'suspect', '')
 if handle ~= '' then redis.call('HSET', req, 'handle', handle, 'handle_id', handle_id, 'handle_owner', handle_owner) end
 enqueue(id, 'decode', lane ~= '' and lane or h[16], h[10], h[11], h[12])
 return {'ok', 'decode'}

@@ -11,6 +11,7 @@ local is_new = redis.call('ZADD', key_alive(role), string.format('%.0f', now_ms 
 redis.call('PERSIST', key_alive(role))
 redis.call('HSET', key_worker(name), 'role', role, 'info', info)
 redis.call('PEXPIRE', key_worker(name), 3 * lease_ms)
+if role ~= 'api' then redis.call('SADD', key_stages(), role) end
 if is_new then ring('pool') end
 local answers = {}
 for i = 5, #ARGV, 2 do

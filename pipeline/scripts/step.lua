@@ -1,18 +1,18 @@
 -- Writes the tokens of one engine step into the logs and publishes those accepted as one frame. One call a step and API process.
 -- KEYS: root
--- ARGV: api, then for each item: id, epoch, choice, index, packed tokens, finish reason or '', frame item
+-- ARGV: api, worker, then for each item: id, epoch, choice, index, packed tokens, finish reason or '', frame item
 -- Answers: one number an item: 0 accepted, 1 fenced (another delivery owns it), 2 ended, 3 gap (its index is beyond the log)
 -- Called twice: SETRANGE at the item's own offset changes nothing, readers drop what they have by (choice, index).
 allow_writes()
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local answers, items, count_items = {}, {}, 0
-for i = 2, #ARGV, 7 do
+for i = 3, #ARGV, 7 do
   local id, index = ARGV[i], tonumber(ARGV[i + 3])
   local req = root .. 'req:' .. id
-  local h = redis.call('HMGET', req, 'epoch', 'state', 'watch', 'deadline')
+  local h = redis.call('HMGET', req, 'epoch', 'state', 'watch', 'deadline', 'owner')
   local answer = 0
-  if h[1] ~= ARGV[i + 1] or h[2] ~= 'running' then
+  if h[1] ~= ARGV[i + 1] or h[2] ~= 'running' or h[5] ~= ARGV[2] then -- an epoch may come twice where Redis lost its end
     answer = (h[2] and not is_ended(h[2])) and 1 or 2
   elseif tonumber(h[4]) <= now_ms then
     finish(id, 'expired', 'deadline passed in decode', '')

@@ -11,7 +11,7 @@ import pytest
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
 from pipeline.protocol import CancelNote, FreeNote, KVHandle, LLMEngineOutput, Note
-from pipeline.queue import Delivery, Limits, PoolQueue, StepItem, Verdict
+from pipeline.queue import Admission, Delivery, LaneLook, Limits, PoolQueue, StepItem, Verdict
 from tests.system import request
 
 POOL, API = "p", "api-1"
@@ -28,12 +28,10 @@ class Pool:
 
     async def admit(self, stage: str, blocks: int = 2) -> str:
         item = request(3)
-        return await self.queue.admit(item, stage=stage, lane="default", blocks=blocks, api=API, limits=LIMITS)
+        return await self.queue.admit(Admission(item, stage, "default", blocks, API), LIMITS)
 
     async def claim(self, stage: str, worker: str, overtake_ms: int = 1000) -> Delivery | None:
-        return await self.queue.claim(
-            stage, worker, ["default"], free_blocks=9, total_blocks=99, overtake_ms=overtake_ms
-        )
+        return await self.queue.claim(stage, worker, [LaneLook("default", 9)], total_blocks=99, overtake_ms=overtake_ms)
 
     async def claimed(self, stage: str, worker: str = "w") -> Delivery:
         await self.admit(stage)
@@ -118,7 +116,7 @@ async def test_nothing_is_written_after_the_deadline(pool: Pool) -> None:
     decoding = await pool.claimed("decode")
     await pool.let_expire(decoding)
     output = LLMEngineOutput(decoding.id, 0, 0, [7])
-    assert await pool.queue.step([StepItem(decoding.id, API, decoding.epoch, output)]) == [Verdict.ENDED]
+    assert await pool.queue.step("w", [StepItem(decoding.id, API, decoding.epoch, output)]) == [Verdict.ENDED]
     prefilling = await pool.claimed("prefill")
     await pool.let_expire(prefilling)
     outputs = [LLMEngineOutput(prefilling.id, 0, 0, [7])]

@@ -20,11 +20,12 @@ from pipeline.protocol import (
     FinishReason,
     KVHandle,
     LLMEngineOutput,
+    Log,
     Request,
     SamplingOptions,
     StopConditions,
 )
-from pipeline.queue import Delivery, Limits, PoolQueue, StepItem
+from pipeline.queue import Admission, Delivery, LaneLook, Limits, PoolQueue, StepItem
 from tests.proxy import LossyProxy
 
 POOL, ID, API = "p", "p-request", "api-1"
@@ -37,6 +38,7 @@ REQUEST = Request(
         sampling_options=SamplingOptions(n=2),
     ),
 )  # fmt: skip
+ADMISSION = Admission(REQUEST, "prefill", "default", 2, API, linger_s=0.0)
 HANDLE = KVHandle(
     id="handle-1", request_id=ID, owner=PREFILLER, transfer="shm", layout="x", num_tokens=3, num_blocks=1, nbytes=8
 )
@@ -51,14 +53,13 @@ class Story:
         self.delivery = Delivery(ID, 1, "prefill", "default", b"", b"", 0, 0, API, 3, log=None)  # type: ignore[arg-type]
 
     async def admit(self) -> str:
-        return await self.queue.admit(REQUEST, stage="prefill", lane="default", blocks=2, api=API, limits=LIMITS)
+        return await self.queue.admit(ADMISSION, LIMITS)
 
     async def claim(self, stage: str, worker: str, nonce: str = "nonce") -> Delivery | None:
         return await self.queue.claim(
             stage,
             worker,
-            [f"@{worker}", "high", "default", "low"],
-            free_blocks=9,
+            [LaneLook(lane, 9) for lane in (f"@{worker}", "high", "default", "low")],
             total_blocks=9,
             overtake_ms=1000,
             nonce=nonce,
@@ -155,7 +156,7 @@ async def _step(story: Story) -> str:
     beyond = LLMEngineOutput(ID, 0, 50, [23])
     epoch = story.delivery.epoch
     items = [StepItem(ID, API, epoch, item) for item in (output, last, beyond)]
-    return " ".join(verdict.name.lower() for verdict in await story.queue.step(items))
+    return " ".join(verdict.name.lower() for verdict in await story.queue.step(_owner(story), items))
 
 
 async def _claimed(story: Story, stage: str) -> str:
@@ -173,6 +174,15 @@ async def _admitted(story: Story) -> str:
         return "stored" if await story.admit() == ID else "duplicate"
     except QueueFull:
         return "full"
+
+
+async def _restored(story: Story) -> str:
+    """Its client was sent two tokens of each choice."""
+    sent = Log(tokens=[[10, 20], [11, 21]], finished=[None, None])
+    restored = await story.queue.restore(ADMISSION, LIMITS, sent)
+    standing = await story.queue.attach(ID, watch=False)
+    assert standing is not None
+    return f"{restored.state}: {standing.state} in {standing.stage}, {len(standing.log.tokens[0])} token(s)"
 
 
 async def _attached(story: Story) -> str:
@@ -213,6 +223,7 @@ async def _wanted(story: Story) -> str:
 
 SCRIPTS: dict[str, Callable[[Story], Awaitable[str]]] = {
     "admit": _admitted,
+    "restore": _restored,
     "claim prefill": lambda story: _claimed(story, "prefill"),
     "claim decode": lambda story: _claimed(story, "decode"),
     "handover": _handed,
@@ -249,8 +260,10 @@ async def holds(connection: Connection) -> dict[str, Any]:
         if kind == "hash":
             rows = await connection.command("HGETALL", raw)
             pairs = rows.items() if isinstance(rows, dict) else zip(rows[0::2], rows[1::2], strict=True)
-            timed = re.compile(rb"t_|entry$|deadline$")
+            timed = re.compile(rb"t_|entry$|deadline$|last$|hold_until$")
             dump[key] = {name: value for name, value in pairs if not timed.match(name)}
+            if len(dump[key].get(b"epoch", b"")) > 9:  # of a restored request: made from the time
+                dump[key][b"epoch"] = b"restored"
         elif kind == "stream":
             dump[key] = (
                 await connection.command("XLEN", raw),
@@ -258,6 +271,8 @@ async def holds(connection: Connection) -> dict[str, Any]:
             )
         elif kind == "zset":
             dump[key] = await connection.command("ZRANGE", raw, 0, -1)
+        elif kind == "set":
+            dump[key] = sorted(await connection.command("SMEMBERS", raw))
         elif not key.endswith(":sweep"):
             dump[key] = await connection.command("GET", raw)
     return dump

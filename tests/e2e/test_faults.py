@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
-from pipeline.queue import Limits, PoolQueue, Verdict
+from pipeline.queue import Admission, LaneLook, Limits, PoolQueue, Verdict
 from pipeline.redis_server import RedisServer
 from tests.proxy import LossyProxy
 from tests.system import POOL, System, collect, request
@@ -87,11 +87,11 @@ async def test_what_waits_is_claimed_and_read_while_memory_is_full(redis_url: st
     connection = Connection(RedisSettings(url=redis_url, timeout_s=1))
     queue = PoolQueue(connection, POOL)
     item = request(30)
-    await queue.admit(item, stage="decode", lane="default", blocks=2, api="a", limits=LIMITS)
+    await queue.admit(Admission(item, "decode", "default", 2, "a"), LIMITS)
     await connection.command("CONFIG", "SET", "maxmemory", "1mb")
     try:
         assert await queue.attach(item.id, watch=True) is not None
-        delivery = await queue.claim("decode", "d", ["default"], free_blocks=9, total_blocks=9, overtake_ms=1000)
+        delivery = await queue.claim("decode", "d", [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
         assert delivery is not None
         assert await queue.fetched(delivery, "d") is Verdict.ACCEPTED
     finally:
@@ -105,11 +105,13 @@ async def test_what_waits_on_the_lane_of_a_worker_that_leaves_goes_to_others(red
     for name in ("d1", "d2"):
         await queue.renew("decode", name, b"", 30)
     item = request(30)
-    await queue.admit(item, stage="decode", lane="@d1", blocks=2, api="a", limits=LIMITS)
+    await queue.admit(Admission(item, "decode", "@d1", 2, "a"), LIMITS)
     await queue.leave("decode", "d1")
     await queue.leave("decode", "d1")
     await queue.sweep("d2", interval_s=0.001, lease_s=30, max_attempts=3)
-    delivery = await queue.claim("decode", "d2", ["@d2", "default"], free_blocks=9, total_blocks=9, overtake_ms=1000)
+    delivery = await queue.claim(
+        "decode", "d2", [LaneLook("@d2", 9), LaneLook("default", 9)], total_blocks=9, overtake_ms=1000
+    )
     assert delivery is not None
     assert delivery.id == item.id
     await connection.close()
@@ -158,16 +160,16 @@ async def test_tasks_that_never_fit_a_worker_hold_nobody_up(redis_url: str) -> N
     queue = PoolQueue(connection, POOL)
     for blocks in (100,) * 40 + (5,):
         item = request(3)
-        await queue.admit(item, stage="decode", lane="default", blocks=blocks, api="a", limits=MANY)
-    small = await queue.claim("decode", "d1", ["default"], free_blocks=9, total_blocks=9, overtake_ms=1000)
+        await queue.admit(Admission(item, "decode", "default", blocks, "a"), MANY)
+    small = await queue.claim("decode", "d1", [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
     assert small is not None
     assert small.id == item.id
     assert await queue.hand_back(small, "d1", counts=False, max_attempts=3, why="test") == "parked"
-    again = await queue.claim("decode", "d1", ["default"], free_blocks=9, total_blocks=9, overtake_ms=1000)
+    again = await queue.claim("decode", "d1", [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
     assert again is not None
     assert again.id == item.id
     for _ in range(40):  # and a larger worker finds every one of them
-        large = await queue.claim("decode", "d2", ["default"], free_blocks=100, total_blocks=100, overtake_ms=1000)
+        large = await queue.claim("decode", "d2", [LaneLook("default", 100)], total_blocks=100, overtake_ms=1000)
         assert large is not None
     await connection.close()
 
