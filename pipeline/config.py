@@ -68,7 +68,7 @@ class LaneSettings(Section, frozen=True, kw_only=True):
     max_waiting_tasks: Amount = 0
     max_waiting_tokens: Amount = 0
     deadline_s: NotNegative = 0.0
-    prefill_share: Share = 1.0  # of a prefill worker's blocks and room for handles that tasks of this lane may fill
+    prefill_share: Share = 1.0  # of a prefill worker's room for handles that tasks of this lane may fill
 
 
 class QueueSettings(Section, frozen=True, kw_only=True):
@@ -138,6 +138,7 @@ class MockSettings(Section, frozen=True, kw_only=True):
     prefill_token_ms: NotNegative = 0.02
     decode_base_ms: NotNegative = 5.0
     decode_seq_ms: NotNegative = 0.05
+    kill_token: Annotated[int, Meta(ge=-1)] = -1  # a prompt with it kills the engine's process; -1: none
 
 
 class EngineSettings(Section, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ BatonError
 │   ├── Unservable            this engine cannot serve the model or the request, ever
 │   ├── KVLost                the blocks behind a handle are not what the handle says; recompute
 │   └── EngineDied            the engine's process ended or stalled
+│       └── EngineDown        it was down already: nothing was started
 ├── TransferError             a transfer cannot start (no space, no permission)
 ├── WireError                 bytes that are not what the protocol says
 ├── RedisUnavailable          no answer from Redis within the limit
@@ -135,6 +136,12 @@ class EngineDied(EngineError):
 
     code = "engine_died"
     retryable = True
+
+
+class EngineDown(EngineDied):
+    """The engine's process was not running when it was called: the task has not been near it."""
+
+    code = "engine_down"
 
 
 class TransferError(BatonError):

@@ -22,7 +22,7 @@ import msgspec
 
 from pipeline import errors
 from pipeline.config import EngineSettings, LogSettings, PoolSettings, TransferSettings
-from pipeline.errors import BatonError, EngineDied, KVLost
+from pipeline.errors import BatonError, EngineDied, EngineDown, KVLost
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
 from workers import messages as m
 from workers.engine import AsyncEngine, EngineInfo, EngineStats, Prefilled, load_engine
@@ -54,6 +54,11 @@ class ChildEngine:
         """Known after `start`."""
         assert self._info is not None
         return self._info
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the child can be told anything: it has started, and the line to it stands."""
+        return self._writer is not None and not self._writer.is_closing()
 
     @property
     def pid(self) -> int:
@@ -163,8 +168,8 @@ class ChildEngine:
             self._writer.close()
 
     def _send(self, message: msgspec.Struct) -> None:
-        if self._writer is None or self._writer.is_closing():
-            raise EngineDied("the engine's process is gone; its tasks are handed back")
+        if self._writer is None or not self.is_reachable:
+            raise EngineDown("the engine's process is down; its tasks are handed back")
         m.send(self._writer, message)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:

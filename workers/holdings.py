@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from typing import Any
 
 from pipeline.errors import EngineError
 from pipeline.protocol import FinishReason, KVHandle, LLMEngineOutput, Log, Request
@@ -39,7 +40,7 @@ class Held:
         self.open = {choice for choice, reason in enumerate(task.log.finished) if reason is None}
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.progress = asyncio.Event()  # a token was logged, or it is over
-        self.job: asyncio.Task[None] | None = None
+        self.job: asyncio.Task[Any] | None = None
         self.dropped = ""  # why this delivery is not ours any more
         self.is_settling = False  # its handler is done: what is left to say frees what it holds, and is not interrupted
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipeline.errors import DeadlineExceeded, EngineDied, RedisUnavailable, TransferError, Unservable, WireError
+from pipeline.errors import (
+    DeadlineExceeded,
+    EngineDied,
+    EngineDown,
+    RedisUnavailable,
+    TransferError,
+    Unservable,
+    WireError,
+)
 from pipeline.protocol import KVHandle, LLMEngineOutput
 
 
@@ -68,6 +76,8 @@ def classify(error: BaseException) -> Outcome:
             return Fail(str(error))
         case DeadlineExceeded():
             return Dropped(str(error))
+        case EngineDown():
+            return Retry(str(error), counts=False)
         case EngineDied():
             return Retry(str(error), is_suspect=True)
         case RedisUnavailable():

@@ -27,17 +27,22 @@ class EngineSupervisor:
         self, engine: ChildEngine, holdings: Holdings, settings: WorkerSettings, *,
         on_outputs: Callable[[list[LLMEngineOutput]], Awaitable[None]], on_change: Callable[[], None],
     ) -> None:  # fmt: skip
-        self.is_up = False
+        self._has_started = False
         self._engine = engine
         self._holdings = holdings
         self._settings = settings
         self._on_outputs = on_outputs
         self._on_change = on_change
 
+    @property
+    def is_up(self) -> bool:
+        """Whether tasks may be claimed for the engine."""
+        return self._has_started and self._engine.is_reachable
+
     async def start(self) -> None:
         """First start; what the engine cannot serve is raised here, before any task is claimed."""
         await self._engine.start()
-        self.is_up = True
+        self._has_started = True
         log.info("engine is up", pid=self._engine.pid, **msgspec.to_builtins(self._engine.info))
 
     async def run(self) -> None:
@@ -50,7 +55,7 @@ class EngineSupervisor:
                     await self._on_outputs(outputs)
                     delay_s = 0.2
             except EngineDied as error:
-                self.is_up = False
+                self._has_started = False
                 log.error("engine died", error=str(error), held=len(self._holdings))
                 for held in self._holdings.all():
                     held.fail(error)
@@ -70,7 +75,7 @@ class EngineSupervisor:
                 await self._engine.close()
                 delay_s = min(delay_s * 2, 30.0)
                 continue
-            self.is_up = True
+            self._has_started = True
             self._on_change()
             log.info("engine is up again", pid=self._engine.pid)
             return
@@ -95,7 +100,7 @@ class EngineSupervisor:
 
     async def close(self) -> None:
         """Stop the engine in good order."""
-        self.is_up = False
+        self._has_started = False
         await self._engine.close()
 
 

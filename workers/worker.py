@@ -18,7 +18,7 @@ import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from typing import Protocol, assert_never
+from typing import Any, Protocol, assert_never
 
 import msgspec
 import structlog
@@ -184,27 +184,28 @@ class Worker:
     # -- one delivery ---------------------------------------------------------------------------------------------------
 
     def _start(self, delivery: Delivery) -> None:
-        job = asyncio.create_task(self._deliver(delivery), name=f"{self._stage} {delivery.id}")
+        name = f"{self._stage} {delivery.id}"
+        try:
+            held = Held(self._decode(delivery))
+        except WireError as error:
+            job = asyncio.create_task(self._settle(delivery, Reject(str(error))), name=name)
+        else:
+            self._holdings.add(held)  # before the next claim, which counts it
+            job = held.job = asyncio.create_task(self._deliver(held), name=name)
+            job.add_done_callback(lambda _: self._let_go(held))
         job.add_done_callback(_report_surprise)
 
-    async def _deliver(self, delivery: Delivery) -> None:
+    async def _deliver(self, held: Held) -> None:
         started_s = time.monotonic()
-        try:
-            task = self._decode(delivery)
-        except WireError as error:
-            await self._settle(delivery, Reject(str(error)))
-            return
-        held = Held(task)
-        held.job = asyncio.current_task()
-        self._holdings.add(held)
-        try:
-            outcome = await self._run(held)
-            held.is_settling = True
-            await self._settle(delivery, outcome)
-        finally:
-            self._holdings.remove(held)
-            self._bell.set()  # room for another one
-        self._report(delivery, outcome, time.monotonic() - started_s)
+        outcome = await self._run(held)
+        held.is_settling = True
+        await self._settle(held.task.delivery, outcome)
+        self._report(held.task.delivery, outcome, time.monotonic() - started_s)
+
+    def _let_go(self, held: Held) -> None:
+        """Its job is over, also when it was cancelled before its first step."""
+        self._holdings.remove(held)
+        self._bell.set()  # room for another one
 
     def _decode(self, delivery: Delivery) -> Task:
         try:
@@ -370,6 +371,6 @@ class Worker:
                 return
 
 
-def _report_surprise(job: asyncio.Task[None]) -> None:
+def _report_surprise(job: asyncio.Task[Any]) -> None:
     if not job.cancelled() and (error := job.exception()) is not None:
         log.error("delivery was not settled; its lease runs out and another worker takes it", error=repr(error))

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
 
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
-from pipeline.protocol import CancelNote, FreeNote, KVHandle, LLMEngineOutput, Note
-from pipeline.queue import Admission, Delivery, LaneLook, Limits, PoolQueue, StepItem, Verdict
+from pipeline.protocol import CancelNote, FinishReason, FreeNote, KVHandle, LLMEngineOutput, Log, Note, Request
+from pipeline.queue import Admission, Delivery, LaneLook, Limits, PoolQueue, Restored, StepItem, Verdict
 from tests.system import request
 
 POOL, API = "p", "api-1"
-LIMITS = Limits(max_waiting_tasks=9, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)
+LIMITS = Limits(max_waiting_tasks=999, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)
+
+
+# Gives every delayed entry to the consumer of parked ones, as if it had been idle for long.
+PARK_ALL = """
+for _, p in ipairs(redis.call('XPENDING', KEYS[1], 'workers', '-', '+', 1000, '~')) do
+  redis.call('XCLAIM', KEYS[1], 'workers', '-', 0, p[1], 'IDLE', 60000, 'JUSTID')
+end
+"""
 
 
 class Pool:
@@ -26,12 +35,20 @@ class Pool:
         self.queue = PoolQueue(connection, POOL)
         self.keys = self.queue.keys
 
-    async def admit(self, stage: str, blocks: int = 2) -> str:
+    async def admit(self, stage: str, blocks: int = 2, lane: str = "default", **fields: Any) -> str:
         item = request(3)
-        return await self.queue.admit(Admission(item, stage, "default", blocks, API), LIMITS)
+        return await self.queue.admit(Admission(item, stage, lane, blocks, API, priority=lane, **fields), LIMITS)
 
-    async def claim(self, stage: str, worker: str, overtake_ms: int = 1000) -> Delivery | None:
-        return await self.queue.claim(stage, worker, [LaneLook("default", 9)], total_blocks=99, overtake_ms=overtake_ms)
+    async def claim(
+        self, stage: str, worker: str, *looks: LaneLook, overtake_ms: int = 1000, held: int = 0, guard_ms: int = 0
+    ) -> Delivery | None:  # fmt: skip
+        return await self.queue.claim(
+            stage, worker, looks or [LaneLook("default", 9)], total_blocks=99, overtake_ms=overtake_ms, held=held,
+            guard_ms=guard_ms,
+        )  # fmt: skip
+
+    async def retry(self, delivery: Delivery, worker: str = "w", **fields: Any) -> str:
+        return await self.queue.hand_back(delivery, worker, counts=True, max_attempts=3, why="test", **fields)
 
     async def claimed(self, stage: str, worker: str = "w") -> Delivery:
         await self.admit(stage)
@@ -51,9 +68,25 @@ class Pool:
     async def let_expire(self, delivery: Delivery) -> None:
         await self.connection.command("HSET", self.keys.request(delivery.id), "deadline", 1)
 
-    async def sweep(self) -> dict[str, int]:
+    async def sweep(self, lease_s: float = 30) -> dict[str, int]:
         await self.connection.command("DEL", self.keys.root + "sweep")
-        return await self.queue.sweep("s", interval_s=60, lease_s=30, max_attempts=3)
+        return await self.queue.sweep("s", interval_s=60, lease_s=lease_s, max_attempts=3)
+
+    async def miss_sweeps(self, seconds: int) -> None:
+        """As if Redis had been away: nobody swept for so long."""
+        last = int(await self.connection.command("HGET", self.keys.root + "swept", "last"))
+        await self.connection.command("HSET", self.keys.root + "swept", "last", last - 1000 * seconds)
+
+    async def make_due(self, request_id: str) -> None:
+        """As if the delay were over."""
+        assert await self.connection.command("ZADD", self.keys.delayed(), "XX", "CH", 1, request_id) == 1
+
+    async def state(self, request_id: str) -> str:
+        standing = await self.queue.attach(request_id, watch=False)
+        return standing.state if standing else "unknown"
+
+    async def api_is(self, name: str, expiry_ms: int) -> None:
+        await self.connection.command("ZADD", self.keys.alive("api"), expiry_ms, name)
 
 
 @pytest.fixture
@@ -141,3 +174,187 @@ async def test_an_end_tells_the_worker_that_runs_it_and_the_owner_of_the_blocks(
         notes = [msgspec.msgpack.decode((await anext(messages))[1] or b"", type=Note) for _ in range(2)]
     assert notes == [CancelNote(delivery.id, running.epoch), FreeNote("h")]
     await messages.aclose()
+
+
+async def test_for_one_lease_after_a_gap_nothing_is_taken_from_anybody(pool: Pool) -> None:
+    delivery = await pool.claimed("decode")
+    assert (await pool.sweep())["held_back"] == 0
+    await pool.age(delivery, "w")
+    await pool.miss_sweeps(300)
+    assert (await pool.sweep())["held_back"] == 1
+    assert (await pool.sweep())["parked"] == 0
+    assert await pool.queue.renew("decode", "w", b"", 30, [(delivery.id, delivery.epoch)]) == [True]
+    await pool.age(delivery, "w")
+    await pool.connection.command("HSET", pool.keys.root + "swept", "hold_until", 1)  # the lease is over
+    assert (await pool.sweep())["parked"] == 1
+
+
+async def test_after_a_gap_tasks_stay_with_prefill_and_apis_keep_their_requests(pool: Pool) -> None:
+    waiting = await pool.admit("prefill", linger_s=0.0)
+    await pool.queue.renew("decode", "d", b"", 30)
+    await pool.queue.renew("prefill", "p", b"", 30)
+    await pool.sweep(lease_s=60 * 60)
+    await pool.miss_sweeps(3000)
+    await pool.connection.command("ZADD", pool.keys.alive("prefill"), 1, "p")  # they could not renew
+    await pool.api_is(API, 1)
+    done = await pool.sweep(lease_s=60 * 60)
+    assert (done["moved"], done["cancelled"], await pool.state(waiting)) == (0, 0, "queued")
+
+
+async def test_a_retry_waits_for_its_time_and_keeps_its_place(pool: Pool) -> None:
+    delivery = await pool.claimed("decode")
+    later = await pool.admit("decode")
+    for _ in range(2):
+        assert await pool.retry(delivery, delay_s=60) == "parked"
+    assert (await pool.sweep())["resumed"] == 0
+    second = await pool.claim("decode", "w")
+    assert second is not None
+    assert second.id == later
+    await pool.age(delivery, "~")  # it waits as long as it takes
+    assert (await pool.sweep())["parked"] == 0
+    await pool.make_due(delivery.id)
+    newest = await pool.admit("decode")
+    assert (await pool.sweep())["resumed"] == 1
+    claimed = [await pool.claim("decode", "w") for _ in range(2)]
+    assert [one.id for one in claimed if one] == [delivery.id, newest]
+
+
+async def test_a_delayed_request_that_ends_leaves_nothing(pool: Pool) -> None:
+    retried = await pool.claimed("decode")
+    await pool.retry(retried, delay_s=60)
+    for request_id in (retried.id, await pool.admit("decode", delay_s=60)):
+        await pool.queue.cancel(request_id, "test")
+    assert await pool.connection.command("ZCARD", pool.keys.delayed()) == 0
+    assert await pool.connection.command("XLEN", pool.keys.lane("decode", "default")) == 0
+    assert await pool.connection.command("HGET", pool.keys.counters(), "waiting:decode:default") == b"0"
+
+
+async def test_what_is_admitted_for_later_is_claimed_then(pool: Pool) -> None:
+    request_id = await pool.admit("decode", delay_s=60)
+    await pool.sweep()
+    assert await pool.claim("decode", "w") is None
+    await pool.make_due(request_id)
+    await pool.sweep()
+    delivery = await pool.claim("decode", "w")
+    assert delivery is not None
+    assert delivery.id == request_id
+    assert await pool.connection.command("HGET", pool.keys.counters(), "waiting:decode:default") == b"0"
+
+
+async def test_a_suspect_is_given_to_an_idle_worker_only(pool: Pool) -> None:
+    delivery = await pool.claimed("decode")
+    assert not delivery.is_suspect
+    await pool.retry(delivery, is_suspect=True)
+    assert await pool.claim("decode", "w", held=1) is None
+    again = await pool.claim("decode", "w", held=0)
+    assert again is not None
+    assert again.is_suspect
+
+
+async def test_who_died_with_its_worker_is_suspect_unless_it_had_got_on(pool: Pool) -> None:
+    stuck, moving = await pool.claimed("decode"), await pool.claimed("decode")
+    await pool.queue.step("w", [StepItem(moving.id, API, moving.epoch, LLMEngineOutput(moving.id, 0, 0, [7]))])
+    assert await pool.queue.evict("decode", "w", max_attempts=3) == 2
+    again = {one.id: one.is_suspect for _ in range(2) if (one := await pool.claim("decode", "w2"))}
+    assert again == {stuck.id: True, moving.id: False}
+
+
+async def test_what_has_aged_on_a_lower_lane_goes_first_in_a_guarding_claim(pool: Pool) -> None:
+    low, high = await pool.admit("decode", lane="low"), await pool.admit("decode", lane="high")
+    looks = [LaneLook("low", 9, aged=True), LaneLook("high", 9), LaneLook("low", 9)]
+    first = await pool.claim("decode", "w", *looks, guard_ms=60_000)
+    assert first is not None
+    assert first.id == high
+    await pool.admit("decode", lane="high")
+    second = await pool.claim("decode", "w", *looks, guard_ms=0)
+    assert second is not None
+    assert second.id == low
+
+
+async def test_requests_of_an_api_that_is_gone_go_on_as_long_as_they_say(pool: Pool) -> None:
+    ended, lingering, resumable = [await pool.admit("decode", linger_s=linger_s) for linger_s in (0.0, 3600.0, None)]
+    await pool.api_is(API, 2**53)
+    await pool.sweep()
+    assert [await pool.state(one) for one in (ended, lingering, resumable)] == ["queued"] * 3
+    await pool.api_is(API, 1)
+    await pool.sweep()
+    await pool.sweep()
+    assert [await pool.state(one) for one in (ended, lingering, resumable)] == ["cancelled", "queued", "queued"]
+    assert await pool.connection.command("ZCARD", pool.keys.alive("api")) == 0
+    assert await pool.connection.command("EXISTS", pool.keys.served(API)) == 0
+
+
+async def test_a_lease_that_ran_out_is_found_behind_many_parked_tasks(pool: Pool) -> None:
+    for _ in range(600):
+        parked = await pool.claimed("decode")
+        await pool.queue.hand_back(parked, "w", counts=False, max_attempts=3, why="test", delay_s=3600)
+    running = await pool.claimed("decode")
+    await pool.connection.command("EVAL", PARK_ALL, 1, pool.keys.lane("decode", "default"))
+    await pool.age(running, "w")
+    assert (await pool.sweep())["parked"] == 1
+
+
+async def test_a_step_of_another_worker_is_fenced_even_at_the_same_epoch(pool: Pool) -> None:
+    delivery = await pool.claimed("decode")
+    output = LLMEngineOutput(delivery.id, 0, 0, [7])
+    assert await pool.queue.step("zombie", [StepItem(delivery.id, API, delivery.epoch, output)]) == [Verdict.FENCED]
+
+
+async def test_a_request_that_redis_lost_is_brought_back_with_what_was_sent(pool: Pool) -> None:
+    item = request(3)
+    admission = Admission(item, "decode", "default", 2, API, linger_s=0.0)
+    await pool.queue.admit(admission, LIMITS)
+    before = await pool.claim("decode", "w")
+    assert before is not None
+    await pool.connection.command("FLUSHALL")
+    sent = Log(tokens=[[5, 6, 7]], finished=[None])
+    for _ in range(2):
+        assert await pool.queue.restore(admission, LIMITS, sent) == Restored("ok")
+    after = await pool.claim("decode", "w")
+    assert after is not None
+    assert (after.log.tokens, after.epoch > before.epoch) == ([[5, 6, 7]], True)
+    output = LLMEngineOutput(item.id, 0, 3, [8])
+    assert await pool.queue.step("w", [StepItem(item.id, API, before.epoch, output)]) == [Verdict.FENCED]
+    assert await pool.queue.step("w", [StepItem(item.id, API, after.epoch, output)]) == [Verdict.ACCEPTED]
+
+
+async def test_the_lost_end_of_a_log_is_put_back_and_its_worker_fenced(pool: Pool) -> None:
+    delivery = await pool.claimed("decode")
+    await pool.queue.step("w", [StepItem(delivery.id, API, delivery.epoch, LLMEngineOutput(delivery.id, 0, 0, [5]))])
+    admission = Admission(request_named(delivery.id), "decode", "default", 2, API)
+    assert await pool.queue.restore(admission, LIMITS, Log(tokens=[[9, 6]], finished=[None])) == Restored("diverged", 0)
+    assert await pool.queue.restore(admission, LIMITS, Log(tokens=[[5, 6]], finished=[None])) == Restored("ok")
+    assert await pool.queue.renew("decode", "w", b"", 30, [(delivery.id, delivery.epoch)]) == [False]
+    again = await pool.claim("decode", "w")
+    assert again is not None
+    assert again.log.tokens == [[5, 6]]
+
+
+async def test_a_whole_answer_that_redis_lost_ends_as_done(pool: Pool) -> None:
+    item = request(3)
+    sent = Log(tokens=[[5, 6]], finished=[FinishReason.LENGTH])
+    await pool.queue.restore(Admission(item, "decode", "default", 2, API), LIMITS, sent)
+    assert await pool.state(item.id) == "done"
+
+
+async def test_a_cancelled_task_that_had_been_parked_leaves_its_lane_at_once(pool: Pool) -> None:
+    delivery = await pool.claimed("decode")
+    await pool.retry(delivery)
+    await pool.queue.cancel(delivery.id, "test")
+    assert await pool.connection.command("XLEN", pool.keys.lane("decode", "default")) == 0
+
+
+async def test_more_parked_tasks_than_one_claim_looks_at_hold_nobody_up(pool: Pool) -> None:
+    for _ in range(300):
+        await pool.admit("decode", blocks=100)  # never on a worker of 99 blocks
+    assert await pool.claim("decode", "w") is None
+    small = await pool.admit("decode")
+    for _ in range(3):
+        if (found := await pool.claim("decode", "w")) is not None:
+            break
+    assert found is not None
+    assert found.id == small
+
+
+def request_named(request_id: str) -> Request:
+    return msgspec.structs.replace(request(3), id=request_id)

@@ -13,10 +13,12 @@ from workers.outcome import Dropped, Fail, Reject, Retry, classify
     [
         (errors.WireError("bad bytes"), Reject("bad bytes")),
         (errors.Unservable("no sliding windows"), Fail("no sliding windows")),
-        (errors.EngineDied("gone"), Retry("gone")),
+        (errors.EngineDied("gone"), Retry("gone", is_suspect=True)),
         (errors.RedisUnavailable("away"), Retry("away")),
         (errors.DeadlineExceeded("late", stage="decode"), Dropped("late")),
-        (KeyError("x"), Retry("KeyError: 'x'")),
+        (errors.EngineDown("down"), Retry("down", counts=False)),
+        (errors.TransferError("full"), Retry("full", backs_off=True)),
+        (KeyError("x"), Retry("KeyError: 'x'", backs_off=True)),
     ],
 )
 def test_classify(error: Exception, outcome: object) -> None:

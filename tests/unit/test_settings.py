@@ -48,7 +48,7 @@ def test_a_variable_wins_over_the_file_and_a_flag_over_both(tmp_path):
 
 
 def test_every_key_can_be_set_by_its_variable_and_by_a_flag():
-    spelled = {bool: "true", int: "7", float: "7.5", str: "text"}
+    spelled = {bool: "true", int: "7", float: "0.75", str: "text"}
     for key in known_keys(["baton-tiny"]):
         plain = typing.get_args(key.type)[0] if typing.get_origin(key.type) is typing.Annotated else key.type
         text = spelled.get(plain) or typing.get_args(plain)[0]

@@ -8,6 +8,8 @@ flipped byte, gives other tokens.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from array import array
 from collections.abc import Sequence
 
@@ -70,6 +72,8 @@ class MockRunner:
 
     async def run(self, rows: Sequence[Row]) -> list[Chosen]:
         """Write the rows' tokens, read what the sequences' blocks hold, take the time of the formula."""
+        if any(self._settings.kill_token in row.token_ids for row in rows if len(row.token_ids) > 1):
+            os.kill(os.getpid(), signal.SIGKILL)
         self._write(rows)
         sampling = [row for row in rows if row.draws]
         chosen = self._choose(sampling) if sampling else []

@@ -1,0 +1,47 @@
+"""What a worker decides from values: the order of lanes, shares of the room for handles, and how long a retry waits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers.policy import GUARD_EVERY, backoff_s, free_for_share, lane_looks
+
+FREE = {"high": 9, "default": 8, "low": 5}
+
+
+def test_a_claim_looks_at_the_own_lane_first_and_then_by_priority() -> None:
+    looks = lane_looks("@w", 0, FREE)
+    assert [(look.lane, look.free_blocks, look.aged) for look in looks] == [
+        ("@w", 9, False), ("high", 9, False), ("default", 8, False), ("low", 5, False),
+    ]  # fmt: skip
+
+
+def test_one_claim_in_eight_looks_for_what_has_aged_on_lower_lanes_first() -> None:
+    guarded = [turn for turn in range(4 * GUARD_EVERY) if any(look.aged for look in lane_looks("@w", turn, FREE))]
+    assert [b - a for a, b in itertools.pairwise(guarded)] == [GUARD_EVERY] * 3
+    lanes = [look.lane for look in lane_looks("@w", guarded[0], FREE)]
+    assert lanes == ["@w", "low", "default", "high", "default", "low"]
+
+
+@pytest.mark.parametrize(("used", "free"), [(0, 100), (1, 49), (50, 0), (80, -30)])
+def test_a_lane_fills_its_share_or_an_empty_room(used: int, free: int) -> None:
+    assert free_for_share(0.5, 100, used) == free
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 5), st.floats(0, 60))
+def test_backoff_grows_and_stays_within_its_limits(
+    attempts: int, chance: float, first_s: float, longest_s: float
+) -> None:
+    wait_s = backoff_s(attempts, first_s, longest_s, chance)
+    assert 0 <= wait_s <= longest_s
+    assert wait_s >= min(first_s, longest_s) / 2
+    assert backoff_s(attempts + 1, first_s, longest_s, chance) >= wait_s
+
+
+def test_backoff_is_doubled_each_time() -> None:
+    assert [backoff_s(attempts, 0.5, 10, 0) for attempts in range(6)] == [0.5, 1, 2, 4, 8, 10]
+    assert backoff_s(0, 0.5, 10, 1) == 0.25
