@@ -68,23 +68,25 @@ class System:
 
     # -- processes ------------------------------------------------------------------------------------------------------
 
-    def spawn(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start `python -m module`; it dies with this process."""
+    def spawn(self, module: str, *arguments: str, code: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start `python -m module`, of another version where `code` is a checkout of it; it dies with this process."""
         sets = [part for override in self.overrides for part in ("--set", override)]
         command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *sets, *arguments]
         name = "-".join([module, *(part for part in arguments if not part.startswith("-") and "=" not in part)])
         path = self._log_dir / f"{name}-{len(self.processes)}.log" if self._log_dir else Path(os.devnull)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        if code is not None:
+            environment["PYTHONPATH"] = str(code)
         with path.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=code)
         self.processes.append(process)
         return process
 
-    async def worker(self, stage: str, *overrides: str) -> subprocess.Popen[bytes]:
+    async def worker(self, stage: str, *overrides: str, code: Path | None = None) -> subprocess.Popen[bytes]:
         """Start one worker and wait until it is registered."""
         before = set(await self.alive(stage))
         sets = [part for override in overrides for part in ("--set", override)]
-        process = self.spawn("workers", stage, *sets)
+        process = self.spawn("workers", stage, *sets, code=code)
         await self.until(lambda: self._joined(stage, before, process))
         return process
 
@@ -97,10 +99,10 @@ class System:
         """Names of registered processes of a role."""
         return [name.decode() for name in await self.connection.command("ZRANGE", self.keys.alive(role), 0, -1)]
 
-    async def api(self) -> str:
+    async def api(self, code: Path | None = None) -> str:
         """Start one API process and return its base URL once it is ready."""
         port = free_port()
-        process = self.spawn("api", "--set", f"api.port={port}")
+        process = self.spawn("api", "--set", f"api.port={port}", code=code)
         url = f"http://127.0.0.1:{port}"
         async with httpx.AsyncClient() as http:
 
