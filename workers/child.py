@@ -285,6 +285,7 @@ class _Host:
         try:
             if isinstance(message, m.Prefill):
                 answer = m.PrefillAnswer(message.call, await engine.prefill(message.request, message.done))
+                m.send(self._writer, m.Stats(engine.stats()))  # what it exported counts before the next claim
             else:
                 answer = m.DecodeAnswer(message.call, await engine.decode(message.request, message.kv, message.done))
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # the parent classifies it

@@ -53,12 +53,15 @@ def test_retry_after_lies_between_one_second_and_two_minutes(waiting: int, rate:
 
 
 def test_the_drain_rate_follows_what_was_claimed() -> None:
-    before = PoolSnapshot(time_ms=1000, counters={"claimed:prefill:default": 10, "admitted": 50})
-    after = PoolSnapshot(time_ms=3000, counters={"claimed:prefill:default": 30, "admitted": 90})
+    waiting = {"waiting:prefill:default": 5}
+    before = PoolSnapshot(time_ms=1000, counters={"claimed:prefill:default": 10, "admitted": 50, **waiting})
+    after = PoolSnapshot(time_ms=3000, counters={"claimed:prefill:default": 30, "admitted": 90, **waiting})
     rates = drained_per_s({}, before, after)
     assert rates == {"prefill:default": 10.0}
     later = PoolSnapshot(time_ms=4000, counters={"claimed:prefill:default": 30})
     assert drained_per_s(rates, after, later) == {"prefill:default": 9.0}
+    idle = PoolSnapshot(time_ms=9000, counters={"claimed:prefill:default": 30})
+    assert drained_per_s(rates, later, idle) == rates  # nothing waited: that says nothing of the pace
 
 
 def test_blocks_to_start_are_those_of_the_prompt_and_one_a_choice() -> None:
