@@ -10,11 +10,15 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.table import print_rows
+from pipeline.config import LogSettings
+from pipeline.logs import configure
 
 NAMES = {
     "hops": "empty-pipeline hop times",
     "api": "the API half of a stream",
     "cancel": "how soon blocks are free when a client has gone (reference: the limit)",
+    "recovery": "pause of streams whose worker was killed (reference: the lease)",
+    "guarantees": "what fence and log cost (reference: without)",
     "system": "tokens per second and CPU a token",
     "engine": "torch engine beside Hugging Face generate",
     "transfer": "transfer beside plain copies",
@@ -23,6 +27,7 @@ NAMES = {
 
 def main() -> None:
     """Run those named, or all; a benchmark that fails is named and the others run."""
+    configure(LogSettings(level="warning"), "benchmark")
     wanted = sys.argv[1:] or list(NAMES)
     unknown = sorted(set(wanted) - set(NAMES))
     if unknown:
