@@ -103,14 +103,15 @@ class PoolClient:
         limits = self._limits(priority, deadline_s)
         stream = self._open(request.id, request.input.sampling_options.n)
         stream.serve(functools.partial(self._restore, admission, limits, time.monotonic()))
+        admitting = asyncio.ensure_future(self.queue.admit(admission, limits))
         try:
-            await self.queue.admit(admission, limits)
+            await asyncio.shield(admitting)
         except QueueFull as refusal:
             await self._forget(stream)
             raise self._refusal(admission, refusal) from refusal
         except asyncio.CancelledError:
             await self._forget(stream)
-            self._abandon(request.id)
+            self._abandon(request.id, admitting)
             raise
         except BaseException:
             await self._forget(stream)
@@ -151,15 +152,17 @@ class PoolClient:
         limits = dataclasses.replace(limits, deadline_s=left_s)
         return await self.queue.restore(dataclasses.replace(self._route(admission), delay_s=0.0), limits, delivered)
 
-    def _abandon(self, request_id: str) -> None:
-        """Whether it was admitted is not known, and nobody waits for it any more: end it in the background."""
-        task = asyncio.create_task(self._cancel_quietly(request_id), name=f"abandon {request_id}")
+    def _abandon(self, request_id: str, admitting: asyncio.Future[str]) -> None:
+        """Nobody waits any more for a request that may be on its way into Redis: end it once it is there."""
+
+        async def end() -> None:
+            with contextlib.suppress(BatonError):  # its deadline ends it, or the sweep when this process has ended
+                await admitting
+                await self.queue.cancel(request_id, "its client left while it was admitted")
+
+        task = asyncio.create_task(end(), name=f"abandon {request_id}")
         self._abandoned.add(task)
         task.add_done_callback(self._abandoned.discard)
-
-    async def _cancel_quietly(self, request_id: str) -> None:
-        with contextlib.suppress(BatonError):  # then its deadline ends it, or the sweep when this process has ended
-            await self.queue.cancel(request_id, "its client left while it was admitted")
 
     async def attach(self, request_id: str, choices: int) -> RequestStream:
         """Read a request that somebody else may be serving, from its first token on; several readers may attach."""
