@@ -14,6 +14,7 @@ BatonError
 │   ├── Unservable            this engine cannot serve the model or the request, ever
 │   ├── KVLost                the blocks behind a handle are not what the handle says; recompute
 │   └── EngineDied            the engine's process ended or stalled
+├── NotFound                  no request, or nothing of it any more, under that id
 ├── TransferError             a transfer cannot start (no space, no permission)
 ├── WireError                 bytes that are not what the protocol says
 ├── RedisUnavailable          no answer from Redis within the limit
@@ -128,6 +129,12 @@ class EngineDied(EngineError):
 
     code = "engine_died"
     retryable = True
+
+
+class NotFound(BatonError):
+    """No request, or nothing of it any more, under that id; the message says what is missing."""
+
+    code = "not_found"
 
 
 class TransferError(BatonError):

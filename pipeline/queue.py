@@ -125,7 +125,7 @@ class PoolQueue:
 
     async def admit(
         self, request: Request, *, stage: str, lane: str, blocks: int, api: str, limits: Limits, priority: str = "default",
-        idempotency_key: str = "",
+        idempotency_key: str = "", replay_of: str = "",
     ) -> str:  # fmt: skip
         """Store the request and put its first task on a lane; returns its id, or the id of the first request of that key.
 
@@ -134,7 +134,7 @@ class PoolQueue:
         answer = await self._call(
             "admit", request.id, stage, lane, self._encode(request), len(request.input.token_ids), blocks,
             request.input.sampling_options.n, WIRE_VERSION, api, limits.deadline_s, int(limits.result_ttl_s),
-            limits.max_waiting_tasks, limits.max_waiting_tokens, idempotency_key, priority,
+            limits.max_waiting_tasks, limits.max_waiting_tokens, idempotency_key, priority, replay_of,
             waits_for_memory=False,
         )  # fmt: skip
         if answer[0] == b"full":
@@ -164,6 +164,18 @@ class PoolQueue:
     async def cancel(self, request_id: str, reason: str) -> tuple[str, str]:
         """End a request as cancelled, whoever holds it; its worker is told at once."""
         return await self.end(request_id, "cancelled", reason)
+
+    async def purge(
+        self, stage: str, lane: str, *, cursor: str, last: str, nonce: str, limit: int = 200
+    ) -> tuple[int, str]:
+        """End what waits on a part of a lane, up to the entry id `last`; returns how many, and where to go on ('' at the end)."""
+        answer = await self._call("purge", stage, lane, cursor, last, limit, nonce)
+        return int(answer[0]), answer[1].decode()
+
+    async def drop(self, request_id: str, entry: str) -> str:
+        """Forget a dead-lettered request; returns the state of one that is not dead and was left alone, else ''."""
+        answer = await self._call("drop", request_id, entry)
+        return answer[1].decode() if answer[0] == b"kept" else ""
 
     # -- a worker's side ----------------------------------------------------------------------------------------------
 

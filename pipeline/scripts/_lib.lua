@@ -18,6 +18,14 @@ local function allow_writes()
   redis.call('HDEL', key_counters(), '')
 end
 
+-- Says what happened to a task or a worker to whoever listens now; nobody may. Called behind a script's writes.
+local function event(kind, id, stage, lane, worker, detail)
+  redis.call('PUBLISH', key_events(), cmsgpack.pack({kind, id, stage, lane or '', worker or '', tonumber(now_us()), detail or ''}))
+end
+
+local EVENT_OF = {done = 'task-succeeded', failed = 'task-failed', cancelled = 'task-revoked', expired = 'task-expired',
+  dead = 'task-rejected'}
+
 -- A task joins (by = 1) or leaves (by = -1) those that wait on a lane.
 local function count_waiting(stage, lane, tokens, by)
   count('waiting:' .. stage .. ':' .. lane, by)
@@ -89,6 +97,7 @@ local function finish(id, state, reason, by)
   count('ended:' .. state, 1)
   redis.call('EXPIRE', req, h[15])
   if h[16] and h[16] ~= '' then redis.call('EXPIRE', key_idem(h[16]), h[15]) end
+  event(EVENT_OF[state], id, h[3], h[4], h[6], reason)
   return {state, reason}
 end
 
@@ -120,6 +129,7 @@ local function park(id, counts, max_attempts, why)
   redis.call('HSET', req, 'state', 'queued', 'owner', '')
   count_waiting(stage, lane, h[4], 1)
   ring(stage)
+  event('task-retried', id, stage, lane, h[7], why)
   return 'parked'
 end
 

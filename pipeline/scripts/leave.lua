@@ -10,7 +10,7 @@ else
   redis.call('DEL', own)
   if redis.call('ZREM', key_alive(ARGV[1]), ARGV[2]) == 1 then ring('pool') end
 end
-redis.call('DEL', key_worker(ARGV[2]))
+if redis.call('DEL', key_worker(ARGV[2])) == 1 then event('worker-offline', '', ARGV[1], '', ARGV[2], 'left') end
 for _, stage in ipairs({'prefill', 'decode'}) do
   for _, lane in ipairs({'high', 'default', 'low', '@' .. ARGV[2]}) do
     local lane_key = key_lane(stage, lane)
