@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 
 from pipeline.errors import EngineError
 from pipeline.protocol import FinishReason, KVHandle, LLMEngineOutput, Log, Request
@@ -35,6 +36,7 @@ class Held:
             task.delivery.api,
             task.delivery.key,
         )
+        self.started_s = time.monotonic()
         self.lengths = [len(tokens) for tokens in task.log.tokens]
         self.open = {choice for choice, reason in enumerate(task.log.finished) if reason is None}
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()

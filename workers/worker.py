@@ -30,6 +30,7 @@ from pipeline.queue import LANES, Delivery, PoolQueue, Verdict, delivery_key
 from pipeline.waiting import wait_at_most
 from workers.holdings import Held, Holdings, Task
 from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify
+from workers.reports import Reports
 
 log = structlog.get_logger("baton.worker")
 
@@ -72,6 +73,8 @@ class Worker:
         capacity: Capacity, resources: Resources, overtake_ms: int,
     ) -> None:  # fmt: skip
         self.name = name
+        self.stage = ""
+        self.reports = Reports()
         self.queue = PoolQueue(connection, pool)
         self._connection = connection
         self._settings = settings
@@ -79,7 +82,6 @@ class Worker:
         self._capacity = capacity
         self._resources = resources
         self._overtake_ms = overtake_ms
-        self._stage = ""
         self._handler: Handler | None = None
         # blocks that this worker owns until they are fetched: handle id -> request id
         self._exported: dict[str, str] = {}
@@ -96,8 +98,8 @@ class Worker:
 
         def register(handler: Handler) -> Handler:
             if self._handler is not None:
-                raise ValueError(f"worker {self.name} already runs {self._stage}; it cannot run {name}, too")
-            self._stage, self._handler = queue, handler
+                raise ValueError(f"worker {self.name} already runs {self.stage}; it cannot run {name}, too")
+            self.stage, self._handler = queue, handler
             return handler
 
         return register
@@ -109,6 +111,21 @@ class Worker:
         self._draining.set()
         self._bell.set()
 
+    def leave_now(self) -> None:
+        """Drain without waiting: what is held is handed back at once, and no attempt is counted. May be called twice."""
+        self.drain()
+        self._give_up_s = time.monotonic()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it claims nothing any more and leaves."""
+        return self._draining.is_set()
+
+    @property
+    def exported(self) -> int:
+        """Handles whose blocks this worker keeps until they are fetched."""
+        return len(self._exported)
+
     def wake(self) -> None:
         """Capacity has changed: look at the lanes again."""
         self._bell.set()
@@ -116,7 +133,7 @@ class Worker:
     async def run(self) -> None:
         """Work until drained."""
         subscription = await self._connection.subscribe(
-            self.queue.keys.control(self.name), self.queue.keys.bell(self._stage)
+            self.queue.keys.control(self.name), self.queue.keys.bell(self.stage)
         )
         await self._renew()
         background = [
@@ -127,7 +144,7 @@ class Worker:
                 ("sweep", self._sweep()),
             )
         ]
-        log.info("ready", worker=self.name, stage=self._stage, lanes=self._lanes())
+        log.info("ready", worker=self.name, stage=self.stage, lanes=self.lanes())
         working = asyncio.create_task(self._work(), name=f"{self.name} claims")
         try:
             done, _ = await asyncio.wait([working, *background], return_when=asyncio.FIRST_COMPLETED)
@@ -138,14 +155,15 @@ class Worker:
                 task.cancel()
             await asyncio.gather(working, *background, return_exceptions=True)
             with contextlib.suppress(BatonError):
-                await self.queue.leave(self._stage, self.name)
+                await self.queue.leave(self.stage, self.name)
             await subscription.close()
 
     async def _work(self) -> None:
         await self._claim_until_drained()
         await self._finish_held()
 
-    def _lanes(self) -> list[str]:
+    def lanes(self) -> list[str]:
+        """The lanes that it reads, in this order."""
         return [f"@{self.name}", *LANES]
 
     # -- claim ----------------------------------------------------------------------------------------------------------
@@ -167,7 +185,7 @@ class Worker:
         self._claim_nonce = self._claim_nonce or secrets.token_hex(8)
         try:
             delivery = await self.queue.claim(
-                self._stage, self.name, self._lanes(), free_blocks=free, total_blocks=self._capacity.total_blocks(),
+                self.stage, self.name, self.lanes(), free_blocks=free, total_blocks=self._capacity.total_blocks(),
                 overtake_ms=self._overtake_ms, nonce=self._claim_nonce,
             )  # fmt: skip
         except BatonError as error:
@@ -179,7 +197,8 @@ class Worker:
     # -- one delivery ---------------------------------------------------------------------------------------------------
 
     def _start(self, delivery: Delivery) -> None:
-        job = asyncio.create_task(self._deliver(delivery), name=f"{self._stage} {delivery.id}")
+        self.reports.received(delivery)
+        job = asyncio.create_task(self._deliver(delivery), name=f"{self.stage} {delivery.id}")
         job.add_done_callback(_report_surprise)
 
     async def _deliver(self, delivery: Delivery) -> None:
@@ -199,7 +218,7 @@ class Worker:
         finally:
             self._holdings.remove(held)
             self._bell.set()  # room for another one
-        self._report(delivery, outcome, time.monotonic() - started_s)
+        self.reports.settled(delivery, outcome, time.monotonic() - started_s)
 
     def _decode(self, delivery: Delivery) -> Task:
         try:
@@ -220,7 +239,7 @@ class Worker:
             return Dropped(held.dropped)
         except Exception as error:  # whatever a handler raises becomes an outcome of its task
             if not isinstance(error, BatonError):
-                log.exception("handler raised", request_id=held.id, stage=self._stage)
+                log.exception("handler raised", request_id=held.id, stage=self.stage)
             return classify(error)
 
     async def _settle(self, delivery: Delivery, outcome: Outcome) -> bool:
@@ -269,14 +288,6 @@ class Worker:
         else:
             await self._resources.release(outcome.kv.id)
 
-    def _report(self, delivery: Delivery, outcome: Outcome, seconds: float) -> None:
-        why = getattr(outcome, "why", "")
-        say = log.warning if isinstance(outcome, (Retry, Reject, Fail)) else log.info
-        say(
-            type(outcome).__name__.lower(), request_id=delivery.id, stage=self._stage, epoch=delivery.epoch,
-            ms=round(seconds * 1000, 1), **({"why": why} if why else {}),
-        )  # fmt: skip
-
     # -- leases, notes, sweep ---------------------------------------------------------------------------------------------
 
     async def _keep_leases(self) -> None:
@@ -292,7 +303,7 @@ class Worker:
     async def _renew(self) -> None:
         held = self._holdings.all()
         mine = await self.queue.renew(
-            self._stage, self.name, self._capacity.describe(), self._settings.lease_s, [(h.id, h.epoch) for h in held]
+            self.stage, self.name, self._capacity.describe(), self._settings.lease_s, [(h.id, h.epoch) for h in held]
         )
         for delivery, still in zip(held, mine, strict=True):
             if not still and self._holdings.get(delivery.key) is delivery and not delivery.complete.done():
