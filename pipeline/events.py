@@ -6,7 +6,7 @@ task-rejected (dead-lettered); task-retried on the way; worker-online, worker-of
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import msgspec
 import structlog
@@ -30,20 +30,21 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
 
 
 async def listen(connection: Connection, pools: Sequence[str]) -> AsyncIterator[tuple[str, Event]]:
-    """(pool, event) of these pools from now on. A lost line to Redis costs what happens meanwhile; that is logged."""
+    """(pool, event) of these pools, from the moment in which this returns. Raises `RedisUnavailable`.
+
+    A lost line to Redis costs what happens meanwhile; that is logged.
+    """
     channels = {PoolKeys(pool).events(): pool for pool in pools}
-    subscription = await connection.subscribe(*channels)
-    async for channel, event in _decoded(subscription):
-        yield channels[channel], event
+    return _decoded(await connection.subscribe(*channels), channels)
 
 
-async def _decoded(subscription: Subscription) -> AsyncIterator[tuple[str, Event]]:
+async def _decoded(subscription: Subscription, pools: Mapping[str, str]) -> AsyncIterator[tuple[str, Event]]:
     decode = msgspec.msgpack.Decoder(Event).decode
     async for channel, data in subscription.messages():
         if data is None:
             log.warning("listening anew, events may be missing", channel=channel)
             continue
         try:
-            yield channel, decode(data)
+            yield pools[channel], decode(data)
         except msgspec.DecodeError as error:
             log.error("event is not readable, left out", channel=channel, error=str(error))

@@ -17,6 +17,10 @@ from pipeline.protocol import Timeline
 from pipeline.queue import LANES, STAGES
 from pipeline.snapshot import text, text_pairs
 
+_FIELDS = (
+    "state", "reason", "stage", "lane", "owner", "epoch", "attempts", "tokens", "n", "deadline", "handle_owner", "replay_of"
+)  # fmt: skip
+
 LOOKED_AT = 256  # entries of a lane that are looked at
 
 
@@ -104,18 +108,20 @@ async def _lane_state(connection: Connection, keys: PoolKeys, stage: str, lane: 
 async def task_state(connection: Connection, request_id: str) -> TaskState | None:
     """Where a request stands, or None when Redis knows nothing of it (any more). Raises `RedisUnavailable`."""
     keys = PoolKeys(pool_of(request_id))
-    h = text_pairs(await connection.command("HGETALL", keys.request(request_id)))
+    times = Timeline.__struct_fields__
+    names = (*_FIELDS, *(f"t_{name}" for name in times))  # not the whole hash: body and handle are bytes, and large
+    values = await connection.command("HMGET", keys.request(request_id), *names)
+    h = {name: text(value) for name, value in zip(names, values, strict=True) if value is not None}
     if "state" not in h:
         return None
     choices = range(int(h.get("n", 1)))
     lengths = await connection.commands(*(("STRLEN", keys.log(request_id, choice)) for choice in choices))
-    times = {name: int(h.get(f"t_{name}", 0)) for name in Timeline.__struct_fields__}
     return TaskState(
         id=request_id, state=h["state"], reason=h.get("reason", ""), stage=h.get("stage", ""), lane=h.get("lane", ""),
         owner=h.get("owner", ""), epoch=int(h.get("epoch", 0)), attempts=int(h.get("attempts", 0)),
         prompt_tokens=int(h.get("tokens", 0)), tokens=[int(length) // 4 for length in lengths],
         deadline_ms=int(h.get("deadline", 0)), handle_owner=h.get("handle_owner", ""), replay_of=h.get("replay_of", ""),
-        timeline=Timeline(**times),
+        timeline=Timeline(*(int(h.get(f"t_{name}", 0)) for name in times)),
     )  # fmt: skip
 
 
