@@ -62,22 +62,23 @@ class WorkerControl:
                 continue
             if question.to and self._worker.name not in question.to:
                 continue
-            answer = msgspec.msgpack.encode(await self._answer(question))
+            answer = await self._answer(question)
             try:
                 await self._connection.command("PUBLISH", keys.told(question.ticket), answer)
             except BatonError as error:
                 log.warning("answer not sent", worker=self._worker.name, method=question.method, error=str(error))
 
-    async def _answer(self, question: Question) -> Answer:
-        name = self._worker.name
+    async def _answer(self, question: Question) -> bytes:
+        name, encode = self._worker.name, msgspec.msgpack.encode
         method = self._methods.get(question.method)
         if method is None:
-            return Answer(name, error=f"this worker knows no {question.method}; it knows {', '.join(self._methods)}")
+            known = ", ".join(self._methods)
+            return encode(Answer(name, error=f"this worker knows no {question.method}; it knows {known}"))
         try:
-            return Answer(name, await method(question.arguments))
+            return encode(Answer(name, await method(question.arguments)))
         except Exception as error:  # the asker hears it, the worker works on
             log.exception("question failed", worker=name, method=question.method)
-            return Answer(name, error=f"{type(error).__name__}: {error}")
+            return encode(Answer(name, error=f"{type(error).__name__}: {error}"))
 
     # -- questions ------------------------------------------------------------------------------------------------------
 

@@ -363,6 +363,8 @@ class Worker:
         while (len(self._holdings) or self._exported) and time.monotonic() < self._give_up_s:
             self._bell.clear()
             await wait_at_most(self._bell, 0.2)
+        if len(self._holdings):
+            log.warning("handing back what is not finished", worker=self.name, held=len(self._holdings))
         for held in self._holdings.all():
             if held.job is not None:
                 held.job.cancel()

@@ -72,6 +72,14 @@ async def test_status_and_inspect_speak_as_celery_does(default_redis_url: str, t
             "rusage",
             "transfer",
         } <= stats.keys()
+        (several,) = await told(
+            url, "inspect", "ping", "-t", "20", "-d", decode, "--set", "pools.other.engine=mock", "--pool", POOL
+        )
+        assert several == decode
+        two = await told(
+            url, "inspect", "ping", "-t", "3", "-d", f"{decode}@{POOL}", "--set", "pools.other.engine=mock"
+        )
+        assert list(two) == [f"{decode}@{POOL}"]
         paused = await baton(url, "control", "pause", "-t", "20", "-d", decode)
         assert paused.stdout.startswith(f"->  {decode}: OK\n        paused")
         assert f"->  {decode}: OK, paused\n" in (await baton(url, "status", "-t", "20")).stdout
