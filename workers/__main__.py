@@ -108,7 +108,7 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
             if settings.log.format == "console":
                 _show(banner(
                     name, pool, stage, redis_url=settings.redis.url, engine=engine.info, transfer=settings.transfer.kind,
-                    lanes=worker.lanes(), version=pipeline.__version__,
+                    lanes=worker.lanes, version=pipeline.__version__,
                 ))  # fmt: skip
             departure.lead(worker.drain, worker.leave_now)
             await _work(worker, supervisor.run(), steps.run(), control.run())

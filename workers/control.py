@@ -114,7 +114,7 @@ class WorkerControl:
         return [self._worker.stage]
 
     async def _active_queues(self, _: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{"name": self._worker.stage, "lane": lane} for lane in self._worker.lanes()]
+        return [{"name": self._worker.stage, "lane": lane} for lane in self._worker.lanes]
 
     async def _stats(self, _: dict[str, Any]) -> dict[str, Any]:
         engine = self._engine.stats()

@@ -73,7 +73,6 @@ class Worker:
         capacity: Capacity, resources: Resources, overtake_ms: int,
     ) -> None:  # fmt: skip
         self.name = name
-        self.stage = ""
         self.reports = Reports()
         self.queue = PoolQueue(connection, pool)
         self._connection = connection
@@ -82,6 +81,7 @@ class Worker:
         self._capacity = capacity
         self._resources = resources
         self._overtake_ms = overtake_ms
+        self._stage = ""
         self._handler: Handler | None = None
         # blocks that this worker owns until they are fetched: handle id -> request id
         self._exported: dict[str, str] = {}
@@ -98,8 +98,8 @@ class Worker:
 
         def register(handler: Handler) -> Handler:
             if self._handler is not None:
-                raise ValueError(f"worker {self.name} already runs {self.stage}; it cannot run {name}, too")
-            self.stage, self._handler = queue, handler
+                raise ValueError(f"worker {self.name} already runs {self._stage}; it cannot run {name}, too")
+            self._stage, self._handler = queue, handler
             return handler
 
         return register
@@ -122,6 +122,16 @@ class Worker:
         return self._draining.is_set()
 
     @property
+    def stage(self) -> str:
+        """The stage whose tasks it runs."""
+        return self._stage
+
+    @property
+    def lanes(self) -> list[str]:
+        """The lanes that it reads, in this order."""
+        return self._lanes()
+
+    @property
     def exported(self) -> int:
         """Handles whose blocks this worker keeps until they are fetched."""
         return len(self._exported)
@@ -133,7 +143,7 @@ class Worker:
     async def run(self) -> None:
         """Work until drained."""
         subscription = await self._connection.subscribe(
-            self.queue.keys.control(self.name), self.queue.keys.bell(self.stage)
+            self.queue.keys.control(self.name), self.queue.keys.bell(self._stage)
         )
         await self._renew()
         background = [
@@ -144,7 +154,7 @@ class Worker:
                 ("sweep", self._sweep()),
             )
         ]
-        log.info("ready", worker=self.name, stage=self.stage, lanes=self.lanes())
+        log.info("ready", worker=self.name, stage=self._stage, lanes=self._lanes())
         working = asyncio.create_task(self._work(), name=f"{self.name} claims")
         try:
             done, _ = await asyncio.wait([working, *background], return_when=asyncio.FIRST_COMPLETED)
@@ -155,15 +165,14 @@ class Worker:
                 task.cancel()
             await asyncio.gather(working, *background, return_exceptions=True)
             with contextlib.suppress(BatonError):
-                await self.queue.leave(self.stage, self.name)
+                await self.queue.leave(self._stage, self.name)
             await subscription.close()
 
     async def _work(self) -> None:
         await self._claim_until_drained()
         await self._finish_held()
 
-    def lanes(self) -> list[str]:
-        """The lanes that it reads, in this order."""
+    def _lanes(self) -> list[str]:
         return [f"@{self.name}", *LANES]
 
     # -- claim ----------------------------------------------------------------------------------------------------------
@@ -185,7 +194,7 @@ class Worker:
         self._claim_nonce = self._claim_nonce or secrets.token_hex(8)
         try:
             delivery = await self.queue.claim(
-                self.stage, self.name, self.lanes(), free_blocks=free, total_blocks=self._capacity.total_blocks(),
+                self._stage, self.name, self._lanes(), free_blocks=free, total_blocks=self._capacity.total_blocks(),
                 overtake_ms=self._overtake_ms, nonce=self._claim_nonce,
             )  # fmt: skip
         except BatonError as error:
@@ -198,7 +207,7 @@ class Worker:
 
     def _start(self, delivery: Delivery) -> None:
         self.reports.received(delivery)
-        job = asyncio.create_task(self._deliver(delivery), name=f"{self.stage} {delivery.id}")
+        job = asyncio.create_task(self._deliver(delivery), name=f"{self._stage} {delivery.id}")
         job.add_done_callback(_report_surprise)
 
     async def _deliver(self, delivery: Delivery) -> None:
@@ -206,7 +215,9 @@ class Worker:
         try:
             task = self._decode(delivery)
         except WireError as error:
-            await self._settle(delivery, Reject(str(error)))
+            rejected = Reject(str(error))
+            await self._settle(delivery, rejected)
+            self.reports.settled(delivery, rejected, time.monotonic() - started_s)
             return
         held = Held(task)
         held.job = asyncio.current_task()
@@ -239,7 +250,7 @@ class Worker:
             return Dropped(held.dropped)
         except Exception as error:  # whatever a handler raises becomes an outcome of its task
             if not isinstance(error, BatonError):
-                log.exception("handler raised", request_id=held.id, stage=self.stage)
+                log.exception("handler raised", request_id=held.id, stage=self._stage)
             return classify(error)
 
     async def _settle(self, delivery: Delivery, outcome: Outcome) -> bool:
@@ -303,7 +314,7 @@ class Worker:
     async def _renew(self) -> None:
         held = self._holdings.all()
         mine = await self.queue.renew(
-            self.stage, self.name, self._capacity.describe(), self._settings.lease_s, [(h.id, h.epoch) for h in held]
+            self._stage, self.name, self._capacity.describe(), self._settings.lease_s, [(h.id, h.epoch) for h in held]
         )
         for delivery, still in zip(held, mine, strict=True):
             if not still and self._holdings.get(delivery.key) is delivery and not delivery.complete.done():
