@@ -156,6 +156,21 @@ async def test_a_cold_leave_hands_back_without_an_attempt_and_another_goes_on(
         await system.until(system.rests, 10)
 
 
+async def test_a_cold_leave_before_the_first_token_is_no_attempt(default_redis_url: str, tmp_path: Path) -> None:
+    settings = ("worker.max_attempts=1", "worker.lease_s=30")
+    async with System(default_redis_url, *settings, log_dir=tmp_path) as system, system.client() as client:
+        leaving = await system.worker("decode", "engine.mock.prefill_base_ms=4000")
+        item = request(30)
+        reading = asyncio.create_task(collect(await client.submit(item)))
+        await system.until(lambda: state_is(system, item.id, "decode", "running"), 20)
+        leaving.send_signal(signal.SIGQUIT)
+        await system.until(lambda: state_is(system, item.id, "decode", "queued"), 20)
+        assert await asyncio.to_thread(leaving.wait, 30) == 0
+        await system.worker("decode")
+        assert (await reading)[1].state == "done"
+        await system.until(system.rests, 10)
+
+
 async def test_usr1_writes_the_stacks_of_worker_and_engine_and_both_go_on(
     default_redis_url: str, tmp_path: Path
 ) -> None:
