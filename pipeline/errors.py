@@ -16,6 +16,7 @@ BatonError
 │   ├── KVLost                the blocks behind a handle are not what the handle says; recompute
 │   └── EngineDied            the engine's process ended or stalled
 │       └── EngineDown        it was down already: nothing was started
+├── NotFound                  no request, or nothing of it any more, under that id
 ├── TransferError             a transfer cannot start (no space, no permission)
 ├── WireError                 bytes that are not what the protocol says
 ├── RedisUnavailable          no answer from Redis within the limit
@@ -142,6 +143,12 @@ class EngineDown(EngineDied):
     """The engine's process was not running when it was called: the task has not been near it."""
 
     code = "engine_down"
+
+
+class NotFound(BatonError):
+    """No request, or nothing of it any more, under that id; the message says what is missing."""
+
+    code = "not_found"
 
 
 class TransferError(BatonError):

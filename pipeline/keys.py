@@ -49,7 +49,13 @@ TABLE: dict[str, KeySpec] = {
     ),
     "worker": KeySpec("worker:{0}", "hash", "renew, claim", "three leases after the last renewal"),
     "idem": KeySpec("idem:{0}", "string id", "admit", "as its request"),
-    "dead": KeySpec("dead", "stream", "sweep, handback", "last 10,000; their records stay for `queue.dead_ttl_s`"),
+    "dead": KeySpec(
+        "dead",
+        "stream",
+        "sweep, handback",
+        "last 10,000, or until `drop` or a replay; their records stay for `queue.dead_ttl_s`",
+    ),
+    "purged": KeySpec("purged:{0}", "hash cursor -> answer", "purge", "a minute"),
     "sweep": KeySpec("sweep", "string", "sweep", "one sweep interval: one sweeper at a time"),
     "bus": KeySpec("bus:{0}", "channel", "-", "frames for one API process"),
     "tok": KeySpec("tok:{0}", "channel", "-", "frames of one watched request"),
@@ -60,6 +66,9 @@ TABLE: dict[str, KeySpec] = {
         "-",
         "rings the workers of a stage; `pool` rings the clients: who lives or a setting has changed",
     ),
+    "ask": KeySpec("ask", "channel", "-", "questions to all workers of the pool"),
+    "told": KeySpec("told:{0}", "channel", "-", "the workers' answers to one question"),
+    "events": KeySpec("events", "channel", "-", "what happened to tasks and workers, as it happens"),
 }
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -147,6 +156,18 @@ class PoolKeys:
     def bell(self, stage: str) -> str:
         """Channel: something waits on a lane of this stage; for `pool`: workers or settings have changed."""
         return self._of("bell", stage)
+
+    def ask(self) -> str:
+        """Channel: questions to all workers of the pool."""
+        return self._of("ask")
+
+    def told(self, ticket: str) -> str:
+        """Channel: the workers' answers to one question."""
+        return self._of("told", ticket)
+
+    def events(self) -> str:
+        """Channel: what happened to tasks and workers, as it happens."""
+        return self._of("events")
 
 
 def lua_prelude() -> str:

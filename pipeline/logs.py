@@ -54,7 +54,24 @@ def _last(settings: LogSettings) -> list[Processor]:
     if settings.format == "json":
         return [drop, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(sort_keys=False)]
     plain = structlog.dev.plain_traceback  # frames without local variables: those hold prompts
-    return [drop, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+    return [
+        drop,
+        _in_celery_s_words,
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain),
+    ]
+
+
+def _in_celery_s_words(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """A worker's lines as its users know them, `Task decode[id] succeeded in 0.123s`; programs get the fields instead."""
+    message = str(event.get("event", ""))
+    if message == "ready" and "worker" in event:
+        event["event"] = f"{event.pop('worker')} ready."
+    elif message.startswith("task ") and "task" in event and "request_id" in event:
+        seconds, why = event.pop("seconds", None), event.pop("why", "")
+        took = f" in {seconds:.3f}s" if seconds is not None and message == "task succeeded" else ""
+        text = f"Task {event.pop('task')}[{event.pop('request_id')}] {message.removeprefix('task ')}{took}"
+        event["event"] = f"{text}: {why}" if why else text
+    return event
 
 
 def _timestamp(settings: LogSettings) -> Processor:

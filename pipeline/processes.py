@@ -42,6 +42,16 @@ def die_with_parent(parent_pid: int, death_signal: signal.Signals = signal.SIGKI
         os.kill(os.getpid(), death_signal)
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal; where nothing tells (no /proc), it is taken to have one."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return sys.platform != "linux"
+    caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def _launch(arguments: Sequence[str]) -> None:
     parent_pid, death_signal, *command = arguments
     die_with_parent(int(parent_pid), signal.Signals(int(death_signal)))

@@ -124,6 +124,8 @@ class Admission:
     idempotency_key: str = ""
     linger_s: float | None = None  # it goes on for so long after its API process ended; None: to its end
     delay_s: float = 0.0  # nobody may claim it before
+    replay_of: str = ""  # the dead-lettered request that it repeats
+    digest: str = ""  # of the body, to tell two requests of one idempotency key apart
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -193,7 +195,8 @@ class PoolQueue:
             request.id, admission.stage, admission.lane, self._encode(request), len(request.input.token_ids), admission.blocks,
             request.input.sampling_options.n, WIRE_VERSION, admission.api, limits.deadline_s, int(limits.result_ttl_s),
             int(limits.dead_ttl_s), admission.priority, admission.idempotency_key,
-            "" if linger_s is None else int(linger_s * 1000), int(admission.delay_s * 1000),
+            "" if linger_s is None else int(linger_s * 1000), int(admission.delay_s * 1000), admission.replay_of,
+            admission.digest,
         )  # fmt: skip
 
     async def attach(self, request_id: str, *, watch: bool) -> Standing | None:
@@ -216,6 +219,18 @@ class PoolQueue:
     async def cancel(self, request_id: str, reason: str) -> tuple[str, str]:
         """End a request as cancelled, whoever holds it; its worker is told at once."""
         return await self.end(request_id, "cancelled", reason)
+
+    async def purge(
+        self, stage: str, lane: str, *, cursor: str, last: str, nonce: str, limit: int = 200
+    ) -> tuple[int, str]:
+        """End what waits on a part of a lane, up to the entry id `last`; returns how many, and where to go on ('' at the end)."""
+        answer = await self._call("purge", stage, lane, cursor, last, limit, nonce)
+        return int(answer[0]), answer[1].decode()
+
+    async def drop(self, request_id: str, entry: str) -> str:
+        """Forget a dead-lettered request; returns the state of one that is not dead and was left alone, else ''."""
+        answer = await self._call("drop", request_id, entry)
+        return answer[1].decode() if answer[0] == b"kept" else ""
 
     # -- a worker's side ----------------------------------------------------------------------------------------------
 

@@ -66,8 +66,8 @@ async def take_snapshot(connection: Connection, keys: PoolKeys) -> PoolSnapshot:
     said = dict(zip(names, infos, strict=True))
     return PoolSnapshot(
         time_ms=now_ms,
-        counters={name: int(value) for name, value in _text_pairs(rows[1]).items()},
-        settings=_text_pairs(rows[2]),
+        counters={name: int(value) for name, value in text_pairs(rows[1]).items()},
+        settings=text_pairs(rows[2]),
         workers={role: {name: said.get(name) or b"" for name in workers[role]} for role in ROLES},
     )
 
@@ -92,19 +92,21 @@ def _total_blocks(info: bytes) -> int | None:
 
 def _living(row: list[object], now_ms: int) -> list[str]:
     pairs = zip(*[iter(_flat(row))] * 2, strict=True)
-    return [_text(name) for name, score in pairs if float(_text(score)) >= now_ms]
+    return [text(name) for name, score in pairs if float(text(score)) >= now_ms]
 
 
-def _text_pairs(row: object) -> dict[str, str]:
+def text_pairs(row: object) -> dict[str, str]:
+    """A hash, or the fields of a stream's entry, as redis-py gives them: a dict, or a flat list."""
     if isinstance(row, dict):
-        return {_text(name): _text(value) for name, value in row.items()}
+        return {text(name): text(value) for name, value in row.items()}
     assert isinstance(row, list)
-    return {_text(name): _text(value) for name, value in zip(*[iter(row)] * 2, strict=True)}
+    return {text(name): text(value) for name, value in zip(*[iter(row)] * 2, strict=True)}
 
 
 def _flat(row: list[object]) -> list[object]:
     return [part for item in row for part in (item if isinstance(item, (list, tuple)) else (item,))]
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
+    """A value of Redis as text."""
     return value.decode() if isinstance(value, bytes) else str(value)

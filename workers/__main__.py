@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 import structlog
 import uvloop
 
+import pipeline
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, ConfigError
@@ -20,7 +22,10 @@ from pipeline.processes import die_with_parent
 from pipeline.protocol import FinishReason, LLMEngineOutput
 from pipeline.settings_file import add_arguments, settings_from
 from workers import decode, prefill
+from workers.banner import banner
 from workers.child import ChildEngine
+from workers.control import WorkerControl
+from workers.departure import Departure
 from workers.holdings import Held, Holdings
 from workers.steps import StepWriter
 from workers.stops import StopStrings
@@ -31,7 +36,7 @@ log = structlog.get_logger("baton.worker")
 
 
 def main() -> None:
-    """Run a worker until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
+    """Run a worker until a signal asks it to leave (see `workers/departure.py`)."""
     parser = argparse.ArgumentParser(prog="baton worker", description="Run one prefill or decode worker.")
     parser.add_argument("stage", choices=("prefill", "decode"))
     parser.add_argument("--pool", default="", help="the pool to serve (default: the only one in the configuration)")
@@ -72,8 +77,13 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
     )
     worker = Worker(
         connection, pool, name, settings.worker, settings.queue, holdings=holdings, resources=engine,
-        capacity=EngineCapacity(engine, holdings, lambda: supervisor.is_up, stage=stage),
+        capacity=EngineCapacity(
+            engine, holdings, lambda: supervisor.is_up, stage=stage, is_paused=lambda: control.is_paused
+        ),
     )  # fmt: skip
+    control = WorkerControl(connection, worker, engine, holdings, redis_url=settings.redis.url)
+    departure = Departure(lambda: engine.pid)
+    departure.install()
 
     async def stop(held: Held, why: str) -> None:
         await engine.cancel(held.key)
@@ -93,20 +103,28 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
     else:
         decode.register(worker, engine, holdings, stops)
     try:
-        await supervisor.start()
-        await _work(worker, supervisor, steps)
+        if await departure.unless_asked(supervisor.start()):
+            if settings.log.format == "console":
+                _show(banner(
+                    name, pool, stage, redis_url=settings.redis.url, engine=engine.info, transfer=settings.transfer.kind,
+                    lanes=worker.lanes, version=pipeline.__version__,
+                ))  # fmt: skip
+            departure.lead(worker.drain, worker.leave_now)
+            await _work(worker, supervisor.run(), steps.run(), control.run())
     finally:
         await supervisor.close()
         await connection.close()
 
 
-async def _work(worker: Worker, supervisor: EngineSupervisor, steps: StepWriter) -> None:
-    loop = asyncio.get_running_loop()
-    background = [asyncio.create_task(supervisor.run()), asyncio.create_task(steps.run())]
+def _show(text: str) -> None:
+    sys.stderr.write(f"{text}\n")  # where the log goes, so that the two keep their order
+    sys.stderr.flush()
+
+
+async def _work(worker: Worker, *beside: Coroutine[Any, Any, None]) -> None:
+    """Until the worker is drained; what runs beside it must not end before."""
+    background = [asyncio.create_task(work) for work in beside]
     working = asyncio.create_task(worker.run())
-    signals = iter((worker.drain, lambda: os._exit(1)))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: next(signals)())
     try:
         done, _ = await asyncio.wait([working, *background], return_when=asyncio.FIRST_COMPLETED)
         for task in done:

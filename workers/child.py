@@ -237,11 +237,27 @@ class _Host:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._running: set[asyncio.Task[None]] = set()
+        self._inbox: asyncio.Queue[m.ToChild] = asyncio.Queue()
 
     async def serve(self) -> int:
         start = msgspec.msgpack.decode(await m.receive(self._reader), type=m.Start)
+        reading = asyncio.create_task(self._read())
         try:
-            engine = await _start_engine(start)
+            return await self._serve(start, reading)
+        finally:
+            reading.cancel()
+
+    async def _serve(self, start: m.Start, reading: asyncio.Task[None]) -> int:
+        starting = asyncio.create_task(_start_engine(start))
+        await asyncio.wait([starting, reading], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():  # told to close before the engine was up: it gives back what it has taken
+            starting.cancel()
+            await asyncio.wait([starting])
+            if not starting.cancelled() and starting.exception() is None:
+                await starting.result().close()
+            return 0
+        try:
+            engine = starting.result()
         except Exception as error:  # noqa: BLE001  # whatever it is, the parent must hear it before this process ends
             m.send(self._writer, _failed(0, error))
             await self._writer.drain()
@@ -253,19 +269,28 @@ class _Host:
         for task in [*pumps, commands, *self._running]:
             task.cancel()
         await engine.close()
-        for task in done:
+        for task in (*done, *([reading] if reading.done() else [])):
             if (error_ := task.exception()) is not None:
                 print(f"engine: {type(error_).__name__}: {error_}", file=sys.stderr, flush=True)  # noqa: T201
                 return 1
         return 0
 
-    async def _take_commands(self, engine: AsyncEngine) -> None:
+    async def _read(self) -> None:
+        """Returns when this process is told to close or its parent is gone; also while the engine starts."""
         decode = msgspec.msgpack.Decoder(m.ToChild).decode
-        while True:
-            try:
+        message = None
+        try:
+            while not isinstance(message, m.Close):
                 message = decode(await m.receive(self._reader))
-            except (asyncio.IncompleteReadError, ConnectionError):
-                return  # the parent is gone
+                self._inbox.put_nowait(message)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the parent is gone
+        finally:
+            self._inbox.put_nowait(m.Close())
+
+    async def _take_commands(self, engine: AsyncEngine) -> None:
+        while True:
+            message = await self._inbox.get()
             match message:
                 case m.Prefill() | m.Decode():
                     task = asyncio.create_task(self._answer(engine, message))
@@ -332,10 +357,8 @@ def main() -> None:
 
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group: the parent drains and closes this process
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):  # a terminal sends them to the whole group:
+        signal.signal(number, signal.SIG_IGN)  # the parent drains and closes this process
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     configure(LogSettings(), "engine")
     sys.exit(asyncio.run(_child_main(fd)))

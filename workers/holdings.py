@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from typing import Any
 
 from pipeline.errors import EngineError
@@ -36,6 +37,7 @@ class Held:
             task.delivery.api,
             task.delivery.key,
         )
+        self.started_s = time.monotonic()
         self.lengths = [len(tokens) for tokens in task.log.tokens]
         self.open = {choice for choice, reason in enumerate(task.log.finished) if reason is None}
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -107,15 +107,19 @@ class EngineSupervisor:
 class EngineCapacity:
     """What a worker may claim: bounded by blocks and sequences, and for prefill by tokens in work and room for handles."""
 
-    def __init__(self, engine: ChildEngine, holdings: Holdings, supervisor: Callable[[], bool], *, stage: str) -> None:
+    def __init__(
+        self, engine: ChildEngine, holdings: Holdings, supervisor: Callable[[], bool], *, stage: str,
+        is_paused: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         self._engine = engine
         self._holdings = holdings
         self._is_up = supervisor
         self._stage = stage
+        self._is_paused = is_paused
 
     def free_blocks(self, share: float = 1.0) -> int:
         """See `Capacity.free_blocks`. A worker never claims what it would only keep waiting while others are idle."""
-        if not self._is_up():
+        if not self._is_up() or self._is_paused():
             return 0
         info = self._engine.info
         in_use = self._holdings.blocks(info.block_size)
@@ -148,6 +152,7 @@ class EngineCapacity:
             {
                 "stage": self._stage,
                 "up": self._is_up(),
+                "paused": self._is_paused(),
                 "total_blocks": self.total_blocks() or None,
                 "engine": info,
                 "stats": stats,

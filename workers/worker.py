@@ -32,6 +32,7 @@ from pipeline.waiting import wait_at_most
 from workers.holdings import Held, Holdings, Task
 from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify
 from workers.policy import backoff_s, lane_looks
+from workers.reports import Reports
 
 log = structlog.get_logger("baton.worker")
 
@@ -74,6 +75,7 @@ class Worker:
         holdings: Holdings, capacity: Capacity, resources: Resources,
     ) -> None:  # fmt: skip
         self.name = name
+        self.reports = Reports()
         self.queue = PoolQueue(connection, pool)
         self._connection = connection
         self._settings = settings
@@ -111,6 +113,31 @@ class Worker:
             self._give_up_s = time.monotonic() + self._settings.drain_s
         self._draining.set()
         self._bell.set()
+
+    def leave_now(self) -> None:
+        """Drain without waiting: what is held is handed back at once, and no attempt is counted. May be called twice."""
+        self.drain()
+        self._give_up_s = time.monotonic()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it claims nothing any more and leaves."""
+        return self._draining.is_set()
+
+    @property
+    def stage(self) -> str:
+        """The stage whose tasks it runs."""
+        return self._stage
+
+    @property
+    def lanes(self) -> list[str]:
+        """The lanes that it reads, in this order."""
+        return self._lanes()
+
+    @property
+    def exported(self) -> int:
+        """Handles whose blocks this worker keeps until they are fetched."""
+        return len(self._exported)
 
     def wake(self) -> None:
         """Capacity has changed: look at the lanes again."""
@@ -184,11 +211,12 @@ class Worker:
     # -- one delivery ---------------------------------------------------------------------------------------------------
 
     def _start(self, delivery: Delivery) -> None:
+        self.reports.received(delivery)
         name = f"{self._stage} {delivery.id}"
         try:
             held = Held(self._decode(delivery))
         except WireError as error:
-            job = asyncio.create_task(self._settle(delivery, Reject(str(error))), name=name)
+            job = asyncio.create_task(self._reject(delivery, Reject(str(error))), name=name)
         else:
             self._holdings.add(held)  # before the next claim, which counts it
             job = held.job = asyncio.create_task(self._deliver(held), name=name)
@@ -200,7 +228,11 @@ class Worker:
         outcome = await self._run(held)
         held.is_settling = True
         await self._settle(held.task.delivery, outcome)
-        self._report(held.task.delivery, outcome, time.monotonic() - started_s)
+        self.reports.settled(held.task.delivery, outcome, time.monotonic() - started_s)
+
+    async def _reject(self, delivery: Delivery, rejected: Reject) -> None:
+        await self._settle(delivery, rejected)
+        self.reports.settled(delivery, rejected, 0.0)
 
     def _let_go(self, held: Held) -> None:
         """Its job is over, also when it was cancelled before its first step."""
@@ -280,14 +312,6 @@ class Worker:
         else:
             await self._resources.release(outcome.kv.id)
 
-    def _report(self, delivery: Delivery, outcome: Outcome, seconds: float) -> None:
-        why = getattr(outcome, "why", "")
-        say = log.warning if isinstance(outcome, (Retry, Reject, Fail)) else log.info
-        say(
-            type(outcome).__name__.lower(), request_id=delivery.id, stage=self._stage, epoch=delivery.epoch,
-            ms=round(seconds * 1000, 1), **({"why": why} if why else {}),
-        )  # fmt: skip
-
     # -- leases, notes, sweep ---------------------------------------------------------------------------------------------
 
     async def _keep_leases(self) -> None:
@@ -363,6 +387,8 @@ class Worker:
         while (len(self._holdings) or self._exported) and time.monotonic() < self._give_up_s:
             self._bell.clear()
             await wait_at_most(self._bell, 0.2)
+        if len(self._holdings):
+            log.warning("handing back what is not finished", worker=self.name, held=len(self._holdings))
         for held in self._holdings.all():
             if held.job is not None:
                 held.job.cancel()

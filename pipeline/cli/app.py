@@ -15,13 +15,14 @@ from typing import Annotated
 import typer
 
 import pipeline
+from pipeline.cli.operate import add_operators_commands
 from pipeline.cli.options import ConfigOption, Given, JsonOption, SetOption, given, running_redis
 from pipeline.errors import ConfigError
 from pipeline.settings_file import nearest
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 something failed; 2 wrong arguments or settings; 3 a port, folder or program cannot be had; "
-    "4 the API or Redis does not answer; 130 interrupted."
+    "4 the API or Redis does not answer; 69 no worker replied; 130 interrupted."
 )
 
 
@@ -50,6 +51,7 @@ def make_app() -> typer.Typer:
     for command in subcommands:
         settings.command()(command)
     app.add_typer(settings, name="config")
+    add_operators_commands(app)
     return app
 
 

@@ -16,6 +16,7 @@ class Exit(enum.IntEnum):
     USAGE = 2
     UNAVAILABLE_HERE = 3
     NO_ANSWER = 4
+    NO_NODES = 69
     INTERRUPTED = 130
 
 

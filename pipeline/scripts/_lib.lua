@@ -18,6 +18,14 @@ local function allow_writes()
   redis.call('HDEL', key_counters(), '')
 end
 
+-- Says what happened to a task or a worker to whoever listens now; nobody may. Called behind a script's writes.
+local function event(kind, id, stage, lane, worker, detail)
+  redis.call('PUBLISH', key_events(), cmsgpack.pack({kind, id, stage, lane or '', worker or '', tonumber(now_us()), detail or ''}))
+end
+
+local EVENT_OF = {done = 'task-succeeded', failed = 'task-failed', cancelled = 'task-revoked', expired = 'task-expired',
+  dead = 'task-rejected'}
+
 -- A task joins (by = 1) or leaves (by = -1) those that wait on a lane.
 local function count_waiting(stage, lane, tokens, by)
   count('waiting:' .. stage .. ':' .. lane, by)
@@ -53,10 +61,11 @@ local function enqueue(id, stage, lane, tokens, blocks, version)
   return entry
 end
 
--- The request that the first sixteen arguments of admit and restore describe.
+-- The request that the first eighteen arguments of admit and restore describe.
 local function request_of(a)
   return {id = a[1], stage = a[2], lane = a[3], body = a[4], tokens = a[5], blocks = a[6], n = a[7], version = a[8], api = a[9],
-    deadline_s = a[10], ttl = a[11], dead_ttl = a[12], priority = a[13], idem = a[14], linger = a[15], delay_ms = tonumber(a[16])}
+    deadline_s = a[10], ttl = a[11], dead_ttl = a[12], priority = a[13], idem = a[14], linger = a[15], delay_ms = tonumber(a[16]),
+    replay_of = a[17], digest = a[18]}
 end
 
 -- Stores a request and lets it wait: on its lane, or until its delay is over.
@@ -66,7 +75,8 @@ local function store(r, epoch)
   local deadline = string.format('%.0f', now_ms + tonumber(r.deadline_s) * 1000)
   redis.call('HSET', key_req(r.id), 'body', r.body, 'epoch', epoch, 'api', r.api, 'tokens', r.tokens, 'blocks', r.blocks,
     'n', r.n, 'v', r.version, 'deadline', deadline, 'ttl', r.ttl, 'dead_ttl', r.dead_ttl, 'idem', r.idem, 'attempts', 0,
-    'priority', r.priority, 't_admitted', now, 'linger', r.linger)
+    'priority', r.priority, 't_admitted', now, 'linger', r.linger, 'digest', r.digest)
+  if r.replay_of ~= '' then redis.call('HSET', key_req(r.id), 'replay_of', r.replay_of) end
   redis.call('ZADD', key_deadlines(), deadline, r.id)
   if r.linger ~= '' then redis.call('SADD', key_served(r.api), r.id) end
   if r.delay_ms > 0 then -- it counts as waiting, but stands on no lane yet
@@ -138,6 +148,7 @@ local function finish(id, state, reason, by)
   count('ended:' .. state, 1)
   redis.call('EXPIRE', req, h[15])
   if h[16] and h[16] ~= '' then redis.call('EXPIRE', key_idem(h[16]), h[15]) end
+  event(EVENT_OF[state], id, h[3], h[4], h[6], reason)
   return {state, reason}
 end
 
@@ -171,6 +182,7 @@ local function park(id, counts, max_attempts, why, delay_ms, suspect)
   local runs_alone = suspect == 'always' or (suspect == 'stuck' and is_stuck)
   redis.call('HSET', req, 'state', 'queued', 'owner', '', 'suspect', runs_alone and '1' or '')
   count_waiting(stage, lane, h[4], 1)
+  event('task-retried', id, stage, lane, h[7], why)
   if delay_ms > 0 then
     redis.call('ZADD', key_delayed(), string.format('%.0f', tonumber(now_us()) / 1000 + delay_ms), id)
   else

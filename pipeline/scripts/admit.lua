@@ -2,11 +2,12 @@
 -- KEYS: root
 -- ARGV: id, stage, lane, body, prompt tokens, blocks, n, wire version, api, deadline s, result ttl s, dead ttl s,
 --       priority (high, default, low), idempotency key or '', linger ms (how long it goes on after its API process ended; '' for
---       ever), delay ms, max waiting tasks, max waiting tokens
+--       ever), delay ms, id of the dead-lettered request that this one repeats or '', digest of the body or '',
+--       max waiting tasks, max waiting tokens
 -- Answers: {'ok', waiting tasks of the lane} | {'duplicate', id of the first} | {'full', waiting tasks, waiting tokens}
 -- Called twice: the request exists, so the answer is 'ok' again.
 local r = request_of(ARGV)
-local max_tasks, max_tokens = tonumber(ARGV[17]), tonumber(ARGV[18])
+local max_tasks, max_tokens = tonumber(ARGV[19]), tonumber(ARGV[20])
 
 local waiting = redis.call('HMGET', key_counters(), 'waiting:' .. r.stage .. ':' .. r.lane, 'tokens:' .. r.stage .. ':' .. r.lane)
 local tasks_waiting, tokens_waiting = tonumber(waiting[1] or 0), tonumber(waiting[2] or 0)
@@ -21,4 +22,5 @@ end
 store(r, 0)
 if r.idem ~= '' then redis.call('SET', key_idem(r.idem), r.id) end
 count('admitted', 1)
+event('task-sent', r.id, r.stage, r.lane, '', r.replay_of)
 return {'ok', tasks_waiting + 1}

@@ -42,6 +42,7 @@ local function take(id, lane, tokens)
   count_waiting(stage, lane, tokens, -1)
   count('claimed:' .. stage .. ':' .. lane, 1)
   redis.call('HSET', key_worker(worker), 'nonce', nonce, 'claimed', id, 'claimed_epoch', epoch)
+  event('task-started', id, stage, lane, worker, 'epoch ' .. epoch)
   return describe(id)
 end
 

@@ -20,6 +20,6 @@ for _, lane in ipairs({'high', 'default', 'low', '@' .. name}) do
     end
   end
 end
-redis.call('DEL', key_worker(name))
+if redis.call('DEL', key_worker(name)) == 1 then event('worker-offline', '', role, '', name, 'died') end
 ring('pool')
 return given_back

@@ -43,5 +43,6 @@ if not open then
 end
 redis.call('HSET', req, 'handover_to', 'decode', 'attempts', 0, 'suspect', '')
 if handle ~= '' then redis.call('HSET', req, 'handle', handle, 'handle_id', handle_id, 'handle_owner', handle_owner) end
+event('task-handed-over', id, 'prefill', h[5], worker, '')
 enqueue(id, 'decode', lane ~= '' and lane or h[16], h[10], h[11], h[12])
 return {'ok', 'decode'}

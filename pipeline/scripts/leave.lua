@@ -11,6 +11,6 @@ else
   redis.call('DEL', own)
   if redis.call('ZREM', key_alive(ARGV[1]), ARGV[2]) == 1 then ring('pool') end
 end
-redis.call('DEL', key_worker(ARGV[2]))
+if redis.call('DEL', key_worker(ARGV[2])) == 1 then event('worker-offline', '', ARGV[1], '', ARGV[2], 'left') end
 forget_consumer(ARGV[1], ARGV[2])
 return 1

@@ -13,6 +13,7 @@ redis.call('HSET', key_worker(name), 'role', role, 'info', info)
 redis.call('PEXPIRE', key_worker(name), 3 * lease_ms)
 if role ~= 'api' then redis.call('SADD', key_stages(), role) end
 if is_new then ring('pool') end
+if is_new then event('worker-online', '', role, '', name, '') end
 local answers = {}
 for i = 5, #ARGV, 2 do
   local h = redis.call('HMGET', key_req(ARGV[i]), 'state', 'epoch', 'owner', 'stage', 'lane', 'entry')

@@ -156,16 +156,22 @@ local function orphan_served(api)
   return redis.call('SCARD', key_served(api)) == 0
 end
 
+local function forget(role, name)
+  local has_left = tonumber(redis.call('ZSCORE', key_alive(role), name)) == 0 -- or was evicted: that was said then
+  redis.call('ZREM', key_alive(role), name)
+  if not has_left then event('worker-offline', '', role, '', name, 'lost') end
+end
+
 if may_reclaim then
   for _, name in ipairs(redis.call('ZRANGEBYSCORE', key_alive('api'), '-inf', now_ms, 'LIMIT', 0, LIMIT)) do
-    if orphan_served(name) then redis.call('ZREM', key_alive('api'), name) end
+    if orphan_served(name) then forget('api', name) end
   end
   for _, stage in ipairs(stages) do
     for _, name in ipairs(redis.call('ZRANGEBYSCORE', key_alive(stage), '-inf', now_ms - 2 * lease_ms, 'LIMIT', 0, LIMIT)) do
       local own = key_lane(stage, '@' .. name)
       if redis.call('XLEN', own) == 0 then
         redis.call('DEL', own)
-        redis.call('ZREM', key_alive(stage), name)
+        forget(stage, name)
         forget_consumer(stage, name)
       end
     end

@@ -159,6 +159,29 @@ async def test_nothing_is_written_after_the_deadline(pool: Pool) -> None:
         assert await pool.connection.command("STRLEN", pool.keys.log(delivery.id, 0)) == 0
 
 
+async def test_a_purge_leaves_what_came_after_it_began(pool: Pool) -> None:
+    first, second = await pool.admit("decode"), await pool.admit("decode")
+    entry = bytes(await pool.connection.command("HGET", pool.keys.request(first), "entry")).decode()
+    assert await pool.queue.purge("decode", "default", cursor="-", last=entry, nonce="a") == (1, "")
+    states = [await pool.connection.command("HGET", pool.keys.request(name), "state") for name in (first, second)]
+    assert states == [b"cancelled", b"queued"]
+
+
+async def test_a_purge_counts_only_what_it_ended_itself(pool: Pool) -> None:
+    for _ in range(3):
+        await pool.admit("decode")
+    count, cursor = await pool.queue.purge("decode", "default", cursor="-", last="+", nonce="a", limit=2)
+    assert count == 2
+    assert await pool.queue.purge("decode", "default", cursor="-", last="+", nonce="b") == (1, "")
+    assert await pool.queue.purge("decode", "default", cursor=cursor, last="+", nonce="a", limit=2) == (0, "")
+
+
+async def test_what_is_not_dead_is_not_dropped(pool: Pool) -> None:
+    request_id = await pool.admit("decode")
+    assert await pool.queue.drop(request_id, "1-1") == "queued"
+    assert await pool.connection.command("EXISTS", pool.keys.request(request_id)) == 1
+
+
 async def test_an_end_tells_the_worker_that_runs_it_and_the_owner_of_the_blocks(pool: Pool) -> None:
     delivery = await pool.claimed("prefill", "p")
     kv = KVHandle(

@@ -221,6 +221,11 @@ async def _wanted(story: Story) -> str:
     return "wanted" if await story.queue.wanted({HANDLE.id: ID}) else "free it"
 
 
+async def _dropped(story: Story) -> str:
+    state = await story.queue.drop(ID, "1-1")
+    return f"kept, it is {state}" if state else "gone"
+
+
 SCRIPTS: dict[str, Callable[[Story], Awaitable[str]]] = {
     "admit": _admitted,
     "restore": _restored,
@@ -239,8 +244,16 @@ SCRIPTS: dict[str, Callable[[Story], Awaitable[str]]] = {
     "wanted": _wanted,
     "sweep": _swept,
     "evict": _evicted,
+    "purge prefill": lambda story: _purged(story, "prefill"),
+    "purge decode": lambda story: _purged(story, "decode"),
+    "drop": _dropped,
     "leave": lambda story: _said(story.queue.leave("decode", OTHER)),
 }
+
+
+async def _purged(story: Story, stage: str) -> str:
+    count, cursor = await story.queue.purge(stage, "default", cursor="-", last="+", nonce="nonce")
+    return f"{count} ended" if not cursor else f"{count} ended, and more"
 
 
 async def _name(call: Awaitable[Any]) -> str:

@@ -30,6 +30,19 @@ async def child(place: Path) -> AsyncIterator[ChildEngine]:
         await engine.close()
 
 
+async def test_a_start_that_is_given_up_leaves_no_shared_memory(tmp_path: Path) -> None:
+    transfer = TransferSettings(dir=str(tmp_path), arena_bytes=16 * 1024 * 1024)
+    engine = ChildEngine("w", PoolSettings(engine="mock"), EngineSettings(), transfer, exports=True)
+    starting = asyncio.create_task(engine.start())
+    async with asyncio.timeout(30):
+        while not list(tmp_path.iterdir()):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    starting.cancel()
+    await asyncio.wait([starting])
+    await engine.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def request(name: str, max_tokens: int = 20_000) -> BackendInput:
     return BackendInput(
         request_id=name, model="mock", token_ids=list(range(3, 40)), stop_conditions=StopConditions(max_tokens=max_tokens),

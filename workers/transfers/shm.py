@@ -67,7 +67,13 @@ class ShmTransfer:
 
     async def start(self) -> None:
         """Remove what crashed processes left, then take the arena's memory. Raises `TransferError`."""
-        self._arena = await asyncio.to_thread(self._set_up)
+        setting_up = asyncio.ensure_future(asyncio.to_thread(self._set_up))
+        try:
+            self._arena = await asyncio.shield(setting_up)
+        except asyncio.CancelledError:  # the thread goes on: what it makes is removed by `close`
+            await asyncio.wait([setting_up])
+            self._arena = None if setting_up.exception() else setting_up.result()
+            raise
         if self._arena is not None:
             self._slabs = SlabMap(self._arena.num_slabs)
         self._started = True
