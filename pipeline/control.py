@@ -19,6 +19,7 @@ import structlog
 
 from pipeline.connection import Connection, Subscription
 from pipeline.keys import PoolKeys
+from pipeline.protocol import UNREADABLE
 from pipeline.queue import STAGES
 from pipeline.snapshot import take_snapshot
 
@@ -92,7 +93,7 @@ async def _gather(subscription: Subscription, answers: dict[str, Answer], expect
             continue
         try:
             answer = decode(data)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             log.error("answer is not readable, left out", error=str(error))
             continue
         answers[answer.worker] = answer

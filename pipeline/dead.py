@@ -17,7 +17,7 @@ from pipeline.config import QueueSettings, RouterSettings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, NotFound, WireError
 from pipeline.keys import PoolKeys
-from pipeline.protocol import Request
+from pipeline.protocol import UNREADABLE, Request
 from pipeline.queue import Admission, Limits, PoolQueue
 from pipeline.routing import DisaggregatedRouter
 from pipeline.snapshot import take_snapshot, text, text_pairs
@@ -80,7 +80,7 @@ class DeadLetters:
             )
         try:
             return msgspec.msgpack.decode(body, type=Request)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise WireError(
                 f"{letter.id}: its record is not readable, it can be dropped, not replayed: {error}"
             ) from error

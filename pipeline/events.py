@@ -13,6 +13,7 @@ import structlog
 
 from pipeline.connection import Connection, Subscription
 from pipeline.keys import PoolKeys
+from pipeline.protocol import UNREADABLE
 
 log = structlog.get_logger("baton.events")
 
@@ -46,5 +47,5 @@ async def _decoded(subscription: Subscription, pools: Mapping[str, str]) -> Asyn
             continue
         try:
             yield pools[channel], decode(data)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             log.error("event is not readable, left out", channel=channel, error=str(error))

@@ -19,6 +19,7 @@ from pipeline.connection import Connection
 from pipeline.control import Answer, Question
 from pipeline.errors import BatonError
 from pipeline.inspection import waiting_tasks
+from pipeline.protocol import UNREADABLE
 from workers.child import ChildEngine
 from workers.holdings import Held, Holdings
 from workers.worker import Worker
@@ -57,7 +58,7 @@ class WorkerControl:
                 continue
             try:
                 question = decode(data)
-            except msgspec.DecodeError as error:
+            except UNREADABLE as error:
                 log.error("question is not readable, left out", worker=self._worker.name, error=str(error))
                 continue
             if question.to and self._worker.name not in question.to:
