@@ -122,7 +122,15 @@ class SourceClient:
             return None
 
         stream = RequestStream(
-            request.id, 1, buffer_items=10**9, patience_s=60.0, read=nothing, cancel=nothing, forget=nothing
+            request.id,
+            1,
+            buffer_items=10**9,
+            patience_s=60.0,
+            read=nothing,
+            cancel=nothing,
+            forget=nothing,
+            linger=nothing,
+            request=request,
         )
         self._streams[request.id] = stream
         self._clock.arrive()

@@ -30,6 +30,7 @@ TABLE: dict[str, KeySpec] = {
     "log": KeySpec("log:{0}:{1}", "string of packed u32", "handover, step", "as its request"),
     "lane": KeySpec("q:{0}:{1}", "stream", "admit, handover", "kept; an entry is deleted when acked"),
     "deadlines": KeySpec("deadlines", "zset id -> ms", "admit", "member until the request ends"),
+    "orphans": KeySpec("orphans", "zset id -> ms", "linger", "member until a reader comes back or the request ends"),
     "counters": KeySpec("counters", "hash", "all scripts", "kept"),
     "settings": KeySpec("settings", "hash", "operator", "kept"),
     "alive": KeySpec(
@@ -87,6 +88,10 @@ class PoolKeys:
     def deadlines(self) -> str:
         """Sorted set: when each living request must have ended, in ms of Redis TIME."""
         return self._of("deadlines")
+
+    def orphans(self) -> str:
+        """Sorted set: when each living request that nobody reads is to be cancelled, in ms of Redis TIME."""
+        return self._of("orphans")
 
     def counters(self) -> str:
         """Hash: waiting tasks and tokens by stage and lane, totals since the pool began."""

@@ -66,6 +66,7 @@ local function finish(id, state, reason, by)
   if not h[1] then return {'gone', ''} end
   if is_ended(h[1]) then return {h[1], h[2]} end
   redis.call('ZREM', key_deadlines(), id) -- a first write that Redis allows when memory is full lets the rest through
+  redis.call('ZREM', key_orphans(), id)
   if h[1] == 'running' then
     ack(h[3], h[4], h[5])
   else
