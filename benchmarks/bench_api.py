@@ -117,7 +117,7 @@ class SourceClient:
         self._frames: list[bytes] = []
         self._decode = msgspec.msgpack.Decoder(list[FrameItem]).decode
 
-    async def submit(self, request: Request) -> RequestStream:
+    async def submit(self, request: Request, **_: object) -> RequestStream:
         async def nothing(*_: object) -> None:
             return None
 
