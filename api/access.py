@@ -6,6 +6,7 @@ import dataclasses
 
 from fastapi import Request as HttpRequest
 
+from api.edge import REQUEST_ID
 from api.service import ServedPool, Service
 from pipeline.errors import RequestNotFound
 from pipeline.ids import pool_of
@@ -46,4 +47,5 @@ async def find_request(service: Service, http: HttpRequest, request_id: str) -> 
             f"request {request_id[:100]!r} is not known: the id is wrong, or it ended and its record has expired",
             param="id",
         )
+    http.scope[REQUEST_ID] = request_id
     return Found(pool, standing.request, standing)

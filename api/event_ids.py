@@ -64,7 +64,7 @@ def read_event_id(text: str, request: Request, log: Log) -> Place:
         raise _wrong(text, "it is not an id of Baton's events")
     parts = whole["marks"].split(".")
     if len(parts) != len(log.tokens):
-        raise _wrong(text, f"it names {len(parts)} choices and the request has {len(log.tokens)}")
+        raise _wrong(text, f"it has {len(parts)} part(s) and the request {len(log.tokens)} choice(s)")
     place = Place([_read_mark(text, part, request) for part in parts], whole["usage"] is not None)
     _check_opening(text, place)
     for choice, mark in enumerate(place.marks):
