@@ -10,7 +10,7 @@
 local id, stage, lane, body = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local tokens, blocks, n, version, api = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local deadline_s, ttl, max_tasks, max_tokens, idem = ARGV[10], ARGV[11], ARGV[12], ARGV[13], ARGV[14]
-local priority, digest, linger_s = ARGV[15], ARGV[16], ARGV[17]
+local priority, digest, linger_s = ARGV[15], ARGV[16] or '', ARGV[17] or '0'
 
 local waiting = redis.call('HMGET', key_counters(), 'waiting:' .. stage .. ':' .. lane, 'tokens:' .. stage .. ':' .. lane)
 local tasks_waiting, tokens_waiting = tonumber(waiting[1] or 0), tonumber(waiting[2] or 0)
