@@ -1,9 +1,10 @@
-"""The answer to one valid request, as a stream or as a whole. One object owns the request from admission to its end.
+"""The answer to one valid request, as a stream or as a whole. One object owns the reading of a request, from admission (or from attaching
+to one that exists) to its end.
 
-1. Submit. What is refused here raises before any header is sent.
+1. Open: submit or attach. What is refused here raises before any header is sent.
 2. Wait for the first token (a stream: at most `headers_after_s`), for the end (a whole answer), or for the client to leave.
 3. Write. From the first header on, what goes wrong is an error event and `[DONE]`, never a silent cut.
-4. Settle: a request that has not ended by itself is cancelled in Redis, whatever the reason for leaving was.
+4. Settle: `RequestStream.leave` decides what becomes of a request that has not ended, whatever the reason for leaving was.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import anyio
 import msgspec
@@ -20,18 +21,23 @@ from sse_starlette.sse import SendTimeoutError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from api.edge import REQUEST_ID
 from api.errors import error_of_end
 from api.event_stream import EventStream
 from api.feed import Choices, Feed
 from api.service import ServedPool, Service
-from api.sse import DONE, FINISH_WORDS, Events, answer_id, error_events, is_chat, usage_fields
+from api.sse import DONE, FINISH_WORDS, answer_head, choice_body, error_events, usage_fields
+from api.transcript import Transcript
 from pipeline.errors import BatonError, RequestFailed
 from pipeline.protocol import Request
 from pipeline.stream import RequestStream, TokenChunk
 
-CANCEL_LIMIT_S = 5.0  # Redis may be away while a request is left; its deadline ends it then
+LEAVE_LIMIT_S = 5.0  # Redis may be away while a request is left; its deadline ends it then
 
 log = structlog.get_logger("baton.api")
+
+
+Opening = Callable[[], Awaitable[RequestStream]]
 
 
 class ClientGone(Exception):
@@ -39,16 +45,13 @@ class ClientGone(Exception):
 
 
 class Answer(Response):
-    """See the module's docstring."""
+    """See the module's docstring. `opening` submits or attaches; it is called here, so that nothing can happen before the settling."""
 
-    by_token = False
-
-    def __init__(self, service: Service, pool: ServedPool, request: Request) -> None:
+    def __init__(self, service: Service, pool: ServedPool, opening: Opening) -> None:
         super().__init__()
         self._service = service
         self._pool = pool
-        self._request = request
-        self._choices = Choices(pool.preprocessor.tokenizer, request, by_token=self.by_token)
+        self._opening = opening
         self._begin_s = time.monotonic()
         self._first_s = 0.0
         self._why = ""  # why the request was left before it ended
@@ -56,8 +59,9 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request to its end."""
         live = self._service.metrics.live.labels(self._pool.name)
-        async with await self._pool.client.submit(self._request) as stream:
+        async with await self._opening() as stream:
             feed = Feed(stream)
+            scope[REQUEST_ID] = stream.id
             live.inc()
             try:
                 with self._service.drain.interrupting(feed.interrupt):
@@ -82,116 +86,122 @@ class Answer(Response):
     @abstractmethod
     async def _respond(self, feed: Feed, scope: Scope, receive: Receive, send: Send) -> None: ...
 
-    def _note_first(self) -> None:
+    def _note_first(self, stream: RequestStream) -> None:
         if not self._first_s:
             self._first_s = time.monotonic() - self._begin_s
-            self._service.metrics.first_token(self._pool.name, self._first_s)
+            if stream.is_creator:
+                self._service.metrics.first_token(self._pool.name, self._first_s)
 
-    def _failure(self, stream: RequestStream) -> BatonError | None:
+    def _failure(self, stream: RequestStream, choices: Choices) -> BatonError | None:
         """Why the answer is not one, after the stream's end."""
         ended = stream.ended
         if ended is None:
             return RequestFailed("the stream of tokens ended without an end of the request")
-        if ended.state == "done" and self._choices.are_complete:
+        if ended.state == "done" and choices.are_complete:
             return None
         return error_of_end(ended)
 
     async def _settle(self, feed: Feed) -> None:
-        """Leave nothing behind: not the iteration, not a request that nobody reads."""
+        """Leave nothing behind: not the iteration, not a request that nobody wants."""
+        stream, request = feed.stream, asked(feed.stream)
         with anyio.CancelScope(shield=True):
-            ended = feed.stream.ended
+            ended = stream.ended
             if ended is None:
                 self._why = self._why or "client disconnected"
-                await self._cancel(feed.stream)
+                await self._leave(stream)
             await feed.close()
         state = ended.state if ended is not None else "left"
         seconds = time.monotonic() - self._begin_s
-        self._service.metrics.ended(self._pool.name, self._request.kind, state, seconds, ended)
+        if stream.is_creator:
+            self._service.metrics.ended(self._pool.name, request.kind, state, seconds, ended)
         log.info(
-            "request ended",
-            request_id=self._request.id,
+            "request ended" if stream.is_creator else "reader of a request ended",
+            request_id=request.id,
             state=state,
             why=self._why or (ended.reason if ended is not None else ""),
-            prompt_tokens=len(self._request.input.token_ids),
+            prompt_tokens=len(request.input.token_ids),
             completion_tokens=ended.usage.completion_tokens if ended is not None else None,
             first_token_ms=round(self._first_s * 1000, 1),
             total_ms=round(seconds * 1000, 1),
         )
 
-    async def _cancel(self, stream: RequestStream) -> None:
+    async def _leave(self, stream: RequestStream) -> None:
         try:
-            with anyio.fail_after(CANCEL_LIMIT_S):
-                await stream.cancel(self._why)
+            with anyio.fail_after(LEAVE_LIMIT_S):
+                await stream.leave(self._why)
         except (BatonError, TimeoutError) as error:
-            log.warning(
-                "request could not be cancelled, it ends at its deadline", request_id=stream.id, error=str(error)
-            )
+            log.warning("request could not be left, it ends at its deadline", request_id=stream.id, error=str(error))
 
 
 class StreamedAnswer(Answer):
-    """Server-sent events, one a token that makes text certain; those that have queued up leave in one write."""
+    """Server-sent events, one a token that makes text certain; those that have queued up leave in one write.
 
-    by_token = True
+    `transcript`: how the request becomes events. `waits`: for the first token, so that what fails before it is a status; a reader that
+    goes on had its headers long ago.
+    """
 
-    def __init__(self, service: Service, pool: ServedPool, request: Request) -> None:
-        super().__init__(service, pool, request)
-        self._events = Events(request)
+    def __init__(
+        self,
+        service: Service,
+        pool: ServedPool,
+        opening: Opening,
+        transcript: Callable[[Request], Transcript],
+        *,
+        waits: bool = True,
+    ) -> None:
+        super().__init__(service, pool, opening)
+        self._new_transcript = transcript
+        self._waits = waits
 
     async def _respond(self, feed: Feed, scope: Scope, receive: Receive, send: Send) -> None:
         settings = self._service.settings
-        first = asyncio.create_task(feed.first_tokens())
+        transcript = self._new_transcript(asked(feed.stream))
+        first = asyncio.create_task(feed.first_tokens() if self._waits else feed.next())
         try:
-            if await has_come(first, receive, settings.headers_after_s) and first.result() is None:
-                raise self._failure(feed.stream) or RequestFailed("the request ended without a token")
+            if self._waits and await has_come(first, receive, settings.headers_after_s) and first.result() is None:
+                failure = self._failure(feed.stream, transcript.choices)
+                raise failure or RequestFailed("the request ended without a token")
             response = EventStream(
-                self._write(feed, first), ping_s=settings.ping_s, send_timeout_s=settings.send_timeout_s
+                self._write(feed, transcript, first), ping_s=settings.ping_s, send_timeout_s=settings.send_timeout_s
             )
             await response(scope, receive, send)
         finally:
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
 
-    async def _write(self, feed: Feed, first: asyncio.Task[list[TokenChunk] | None]) -> AsyncIterator[bytes]:
+    async def _write(
+        self, feed: Feed, transcript: Transcript, first: asyncio.Task[list[TokenChunk] | None]
+    ) -> AsyncIterator[bytes]:
         """Bytes of events; all tokens that have come by the time of a write leave in it."""
-        opening = self._events.opening
+        opening = transcript.opening
         try:
             if not first.done() and opening:
                 yield opening
                 opening = b""
             chunks = await first
-            self._note_first()
+            self._note_first(feed.stream)
             while chunks is not None:
-                data = opening + self._encode(chunks)
+                data = opening + transcript.encode(chunks)
                 opening = b""
                 if data:
                     yield data
                 chunks = await feed.next()
-            end = self._end(feed.stream)
+            end = self._end(feed.stream, transcript)
         except BatonError as error:
             self._why = error.code
             end = error_events(error)
         except Exception:  # the edge: the headers are out, so the only honest end is an error event
-            log.exception("an answer could not be written", request_id=self._request.id)
+            log.exception("an answer could not be written", request_id=feed.stream.id)
             end = error_events(RequestFailed("internal error; the server's log has the reason"))
         yield opening + end
 
-    def _encode(self, chunks: list[TokenChunk]) -> bytes:
-        events = self._events
-        parts: list[bytes] = []
-        for choice, text, reason in self._choices.push(chunks):
-            if text:
-                parts.append(events.text(choice, text))
-            if reason is not None:
-                parts.append(events.finish(choice, reason))
-        return b"".join(parts)
-
-    def _end(self, stream: RequestStream) -> bytes:
-        failure = self._failure(stream)
+    def _end(self, stream: RequestStream, transcript: Transcript) -> bytes:
+        failure = self._failure(stream, transcript.choices)
         if failure is not None:
             self._why = failure.code
             return error_events(failure)
         assert stream.ended is not None
-        return (self._events.usage(stream.ended.usage) if self._request.include_usage else b"") + DONE
+        return transcript.usage(stream.ended.usage) + DONE
 
 
 class WholeAnswer(Answer):
@@ -208,38 +218,30 @@ class WholeAnswer(Answer):
         await response(scope, receive, send)
 
     async def _collect(self, feed: Feed) -> bytes:
-        texts: list[list[str]] = [[] for _ in self._choices.reasons]
+        request = asked(feed.stream)
+        choices = Choices(self._pool.preprocessor.tokenizer, request, by_token=False)
+        texts: list[list[str]] = [[] for _ in choices.reasons]
         while (chunks := await feed.next()) is not None:
-            self._note_first()
-            for choice, text, _ in self._choices.push(chunks):
+            self._note_first(feed.stream)
+            for choice, text, _ in choices.push(chunks):
                 texts[choice].append(text)
-        failure = self._failure(feed.stream)
+        failure = self._failure(feed.stream, choices)
         if failure is not None:
             raise failure
-        return self._body(["".join(parts) for parts in texts], feed.stream)
-
-    def _body(self, texts: list[str], stream: RequestStream) -> bytes:
-        assert stream.ended is not None
-        chat = is_chat(self._request)
-        choices = [
-            {
-                "index": index,
-                **({"message": {"role": "assistant", "content": text}} if chat else {"text": text}),
-                "finish_reason": FINISH_WORDS[reason],
-            }
-            for index, (text, reason) in enumerate(zip(texts, self._choices.reasons, strict=True))
+        assert feed.stream.ended is not None
+        said = [
+            choice_body(request, index, "".join(parts), FINISH_WORDS[reason])
+            for index, (parts, reason) in enumerate(zip(texts, choices.reasons, strict=True))
             if reason is not None
         ]
-        return msgspec.json.encode(
-            {
-                "id": answer_id(self._request),
-                "object": self._request.kind,
-                "created": self._request.created_s,
-                "model": self._request.input.model,
-                "choices": choices,
-                "usage": usage_fields(stream.ended.usage),
-            }
-        )
+        usage = usage_fields(feed.stream.ended.usage)
+        return msgspec.json.encode({**answer_head(request, request.kind), "choices": said, "usage": usage})
+
+
+def asked(stream: RequestStream) -> Request:
+    """What is answered: the request that a key stands for may be another one than was sent."""
+    assert stream.request is not None
+    return stream.request
 
 
 async def has_come(work: asyncio.Task[object], receive: Receive, limit_s: float | None) -> bool:

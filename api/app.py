@@ -13,6 +13,7 @@ from api.edge import Edge, install_error_handlers
 from api.generation import generation_routes
 from api.metrics import Metrics
 from api.probes import model_routes, probe_routes
+from api.requests import request_routes
 from api.service import ServedPool, Service
 from pipeline.config import ApiSettings
 
@@ -25,7 +26,7 @@ def create_app(settings: ApiSettings, pools: Mapping[str, ServedPool], drain: Dr
     service = Service(settings, pools, drain or Drain(settings.shutdown_grace_s), Metrics())
     app = FastAPI(title="Baton", version=pipeline.__version__, openapi_url=None, redirect_slashes=False)
     install_error_handlers(app, service.metrics)
-    for routes in (generation_routes, model_routes, probe_routes):
+    for routes in (generation_routes, request_routes, model_routes, probe_routes):
         app.include_router(routes(service))
     app.add_middleware(Edge)
     return app

@@ -9,6 +9,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import msgspec
+import xxhash
 from msgspec import Meta
 
 from pipeline.errors import InvalidRequest
@@ -58,6 +59,8 @@ class Common(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    service_tier: Literal["auto", "default", "scale", "priority", "flex", "batch"] | None = None
 
     frequency_penalty: Any = None
     presence_penalty: Any = None
@@ -135,6 +138,9 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
 }
 
+_SAME_ANSWER = frozenset(["stream", "priority", "service_tier"])
+
+_canonical = msgspec.json.Encoder(order="sorted").encode
 _chat_decoder = msgspec.json.Decoder(ChatBody)
 _completion_decoder = msgspec.json.Decoder(CompletionBody)
 
@@ -208,6 +214,12 @@ def wanted(body: ChatBody | CompletionBody) -> Wanted:
         ),
         output=OutputOptions(skip_special_tokens=body.skip_special_tokens is not False),
     )
+
+
+def digest(body: ChatBody | CompletionBody) -> str:
+    """Equal for bodies that ask for the same answer: the order of fields, `null`, and what changes only the way there do not count."""
+    asked = {name: getattr(body, name) for name in body.__struct_fields__ if name not in _SAME_ANSWER}
+    return xxhash.xxh3_128_hexdigest(_canonical({name: value for name, value in asked.items() if value is not None}))
 
 
 def _given(value: float | None, default: float) -> float:

@@ -1,6 +1,7 @@
 """The outermost layer: every response carries an `X-Request-Id`, every error has OpenAI's shape, no traceback leaves the process.
 
-A client's `X-Request-Id` is echoed and logged; it is a label, never a key to anything.
+A client's `X-Request-Id` is echoed and logged; it is a label, never a key to anything. The id of the request behind an answer, which is
+one, is told in `X-Baton-Request-Id`, whatever the answer is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from api.metrics import Metrics
 from pipeline.errors import BatonError, InvalidRequest
 
 LONGEST_REQUEST_ID = 128
+REQUEST_ID = "baton.request_id"  # where the scope holds the id of the request behind the answer
 
 log = structlog.get_logger("baton.api")
 
@@ -43,6 +45,8 @@ class Edge:
             if message["type"] == "http.response.start":
                 has_started = True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if REQUEST_ID in scope:
+                    message["headers"].append((b"x-baton-request-id", scope[REQUEST_ID].encode()))
             await send(message)
 
         with structlog.contextvars.bound_contextvars(x_request_id=request_id):
@@ -84,6 +88,8 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if request.method == "OPTIONS" and error.status_code == 405:
+            return Response(status_code=204, headers=error.headers)
         response = answer(request, _routing_error(request, error))
         response.headers.update(error.headers or {})
         return response

@@ -34,7 +34,9 @@ TABLE: dict[str, Row] = {
     "unsupported_parameter": Row(400, "invalid_request_error"),
     "model_not_found": Row(404, "invalid_request_error"),
     "not_found": Row(404, "invalid_request_error"),
+    "request_not_found": Row(404, "invalid_request_error"),
     "method_not_allowed": Row(405, "invalid_request_error"),
+    "idempotency_conflict": Row(409, "invalid_request_error"),
     "body_too_large": Row(413, "invalid_request_error"),
     "unsupported_media_type": Row(415, "invalid_request_error"),
     "cancelled": Row(499, "request_cancelled"),
@@ -86,7 +88,7 @@ def error_of_end(ended: Ended) -> BatonError:
     """Why a request that was accepted did not become an answer."""
     match ended.state:
         case "expired":
-            return DeadlineExceeded(f"the request's time ran out ({ended.stage or 'unknown stage'})", stage=ended.stage)
+            return DeadlineExceeded(f"the request's time ran out {_where(ended)}", stage=ended.stage)
         case "cancelled":
             return RequestCancelled(f"the request was cancelled: {ended.reason}")
         case "dead":
@@ -95,3 +97,11 @@ def error_of_end(ended: Ended) -> BatonError:
             return RequestFailed(f"the request failed: {ended.reason}")
         case _:
             return RequestFailed(f"the request ended as {ended.state} before its answer was complete")
+
+
+def _where(ended: Ended) -> str:
+    """The stage a request stood in, and whether a worker had taken it there."""
+    if not ended.stage:
+        return "in an unknown stage"
+    is_claimed = ended.timeline.claimed_prefill if ended.stage == "prefill" else ended.timeline.claimed_decode
+    return f"in {ended.stage}" if is_claimed else f"while it waited for {ended.stage}"

@@ -77,6 +77,10 @@ class Choices:
         """Whether every choice has come to its end."""
         return None not in self.reasons
 
+    def skip(self, choice: int, token_ids: Sequence[int]) -> None:
+        """The first tokens of a choice, whose text somebody else has given out."""
+        self._backends[choice].push(token_ids)
+
     def push(self, chunks: Sequence[TokenChunk]) -> list[Piece]:
         """The pieces of text that these tokens make certain."""
         pieces: list[Piece] = []

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import hashlib
 import time
 from collections.abc import Callable
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
+from msgspec.structs import replace
 from starlette.responses import Response
 
+from api.access import caller_of
 from api.answers import Answer, StreamedAnswer, WholeAnswer
-from api.bodies import ChatBody, CompletionBody, chat_body, completion_body, single_prompt, template_messages, wanted
+from api.bodies import (
+    ChatBody,
+    CompletionBody,
+    chat_body,
+    completion_body,
+    digest,
+    single_prompt,
+    template_messages,
+    wanted,
+)
+from api.headers import treatment
 from api.service import ServedPool, Service
+from api.sse import SERVICE_TIER
+from api.transcript import NumberedTranscript, Transcript
 from pipeline.errors import InvalidRequest
 from pipeline.ids import new_request_id
 from pipeline.protocol import BackendInput, Request
+from pipeline.routing import TIER_OF_LANE, lane_of
 
 INLINE_BYTES = 16_384  # longer bodies are tokenized in a thread, so that they do not hold up the streams
 
@@ -36,7 +53,7 @@ def generation_routes(service: Service) -> APIRouter:
                 request_id, template_messages(body), wanted(body), template_variables=body.chat_template_kwargs
             )
 
-        return await _answer(service, pool, body, "chat.completion", prepare, len(raw))
+        return await _answer(service, pool, http, body, "chat.completion", prepare, len(raw))
 
     @router.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
@@ -48,7 +65,7 @@ def generation_routes(service: Service) -> APIRouter:
         def prepare(request_id: str) -> BackendInput:
             return pool.preprocessor.completion(request_id, single_prompt(body), wanted(body))
 
-        return await _answer(service, pool, body, "text_completion", prepare, len(raw))
+        return await _answer(service, pool, http, body, "text_completion", prepare, len(raw))
 
     return router
 
@@ -56,13 +73,18 @@ def generation_routes(service: Service) -> APIRouter:
 async def _answer(
     service: Service,
     pool: ServedPool,
+    http: HttpRequest,
     body: ChatBody | CompletionBody,
     kind: str,
     prepare: Callable[[str], BackendInput],
     body_bytes: int,
 ) -> Answer:
+    treat = treatment(http.headers)
     request_id = new_request_id(pool.name)
     ready = prepare(request_id) if body_bytes <= INLINE_BYTES else await asyncio.to_thread(prepare, request_id)
+    lane = lane_of(body.priority, body.service_tier)
+    if body.service_tier is not None:
+        ready = replace(ready, annotations=[f"{SERVICE_TIER}{TIER_OF_LANE[lane]}"])
     options = body.stream_options
     request = Request(
         id=request_id,
@@ -70,8 +92,23 @@ async def _answer(
         created_s=int(time.time()),
         input=ready,
         include_usage=options is not None and bool(options.include_usage),
+        resumable=treat.resumable,
+        owner=caller_of(http),
     )
-    return (StreamedAnswer if body.stream else WholeAnswer)(service, pool, request)
+    key = treat.idempotency_key
+    opening = functools.partial(
+        pool.client.submit, request, priority=lane, deadline_s=treat.timeout_s, linger_s=treat.linger_s,
+        idempotency_key=idempotency_key(request.owner, request.kind, key) if key else "", body_digest=digest(body) if key else "",
+    )  # fmt: skip
+    if not body.stream:
+        return WholeAnswer(service, pool, opening)
+    transcript = NumberedTranscript.from_start if treat.resumable else Transcript
+    return StreamedAnswer(service, pool, opening, functools.partial(transcript, pool.preprocessor.tokenizer))
+
+
+def idempotency_key(owner: str, kind: str, key: str) -> str:
+    """A client's key as the queue knows it: nobody can name the one of another caller or route."""
+    return hashlib.blake2b("\0".join((owner, kind, key)).encode(), digest_size=16).hexdigest()
 
 
 async def read_body(http: HttpRequest, limit_bytes: int) -> bytes:

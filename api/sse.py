@@ -1,7 +1,7 @@
 """Server-sent events in OpenAI's form, made from bytes that are fixed for a request and the JSON of a piece of text.
 
-What clients need (each point broke one of them): `\\n` as separator, no `id:` lines, no event without data, a comment as one line without
-a blank one behind it, and an end that says so: `[DONE]` after the answer, an error event and `[DONE]` otherwise.
+What clients need (each point broke one of them): `\\n` as separator, no `id:` lines unless asked for, no event without data, a comment as
+one line without a blank one behind it, and an end that says so: `[DONE]` after the answer, an error event and `[DONE]` otherwise.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ PING = b": ping\n"  # with a blank line it would be an empty event to clients th
 
 FINISH_WORDS = {FinishReason.EOS: "stop", FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
+SERVICE_TIER = "service_tier:"  # in front of the tier that is told, among the annotations of a request
+
 _LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 _encode = msgspec.json.Encoder().encode
 
@@ -25,6 +27,28 @@ _encode = msgspec.json.Encoder().encode
 def answer_id(request: Request) -> str:
     """The id of an answer in OpenAI's style; made from the request's, so every reader of a request sees the same one."""
     return f"{'chatcmpl' if is_chat(request) else 'cmpl'}-{request.id}"
+
+
+def answer_head(request: Request, kind: str) -> dict[str, object]:
+    """The fields in front of every answer and chunk; the service tier only where one was asked for."""
+    head: dict[str, object] = {
+        "id": answer_id(request),
+        "object": kind,
+        "created": request.created_s,
+        "model": request.input.model,
+    }
+    for annotation in request.input.annotations:
+        if annotation.startswith(SERVICE_TIER):
+            head["service_tier"] = annotation.removeprefix(SERVICE_TIER)
+    return head
+
+
+def choice_body(request: Request, index: int, text: str, finish_word: str | None) -> dict[str, object]:
+    """One choice of a whole answer."""
+    said: dict[str, object] = (
+        {"message": {"role": "assistant", "content": text}} if is_chat(request) else {"text": text}
+    )
+    return {"index": index, **said, "finish_reason": finish_word}
 
 
 def is_chat(request: Request) -> bool:
@@ -62,9 +86,7 @@ class Events:
     def __init__(self, request: Request) -> None:
         chat = is_chat(request)
         kind = "chat.completion.chunk" if chat else "text_completion"
-        self._base = _encode(
-            {"id": answer_id(request), "object": kind, "created": request.created_s, "model": request.input.model}
-        )[:-1]
+        self._base = _encode(answer_head(request, kind))[:-1]
         before, self._after_text = (
             (b'"delta":{"content":', b'},"finish_reason":null}]}\n\n')
             if chat
@@ -74,7 +96,8 @@ class Events:
         choices = range(request.input.sampling_options.n)
         self._before_text = [self._head(choice) + before for choice in choices]
         role = b'"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
-        self.opening = b"".join(self._head(choice) + role for choice in choices) if chat else b""
+        self.openings = [self._head(choice) + role for choice in choices] if chat else []
+        self.opening = b"".join(self.openings)
 
     def text(self, choice: int, text: str) -> bytes:
         """An event with a piece of text, which is never empty."""

@@ -117,12 +117,20 @@ class SourceClient:
         self._frames: list[bytes] = []
         self._decode = msgspec.msgpack.Decoder(list[FrameItem]).decode
 
-    async def submit(self, request: Request) -> RequestStream:
+    async def submit(self, request: Request, **_: object) -> RequestStream:
         async def nothing(*_: object) -> None:
             return None
 
         stream = RequestStream(
-            request.id, 1, buffer_items=10**9, patience_s=60.0, read=nothing, cancel=nothing, forget=nothing
+            request.id,
+            1,
+            buffer_items=10**9,
+            patience_s=60.0,
+            read=nothing,
+            cancel=nothing,
+            forget=nothing,
+            linger=nothing,
+            request=request,
         )
         self._streams[request.id] = stream
         self._clock.arrive()

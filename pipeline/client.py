@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 import structlog
@@ -19,7 +19,7 @@ from pipeline.config import QueueSettings, RouterSettings, WorkerSettings
 from pipeline.connection import Connection, Subscription
 from pipeline.errors import BatonError, LowLaneFull, QueueFull, RedisUnavailable
 from pipeline.protocol import UNREADABLE, EndItem, Frame, Log, Request
-from pipeline.queue import Admission, Limits, PoolQueue, Restored
+from pipeline.queue import Admission, Limits, PoolQueue, Restored, Standing
 from pipeline.routing import DisaggregatedRouter, retry_after_s
 from pipeline.snapshot import PoolSnapshot, take_snapshot
 from pipeline.stream import RequestStream
@@ -90,22 +90,28 @@ class PoolClient:
     # -- requests -------------------------------------------------------------------------------------------------------
 
     async def submit(
-        self, request: Request, *, priority: str = "default", deadline_s: float | None = None,
-        linger_s: float | None = 0.0, delay_s: float = 0.0,
+        self, request: Request, *, priority: str = "default", deadline_s: float | None = None, idempotency_key: str = "",
+        body_digest: str = "", linger_s: float | None = 0.0, delay_s: float = 0.0,
     ) -> RequestStream:  # fmt: skip
         """Admit a request and stream it. Raises `QueueFull` with `retry_after_s`, `RedisUnavailable`.
 
-        `linger_s`: how long it goes on after this process ended without leaving; None: to its end. `delay_s`: nobody claims it before.
+        Where `idempotency_key` names a request that lives or is done already, that one is read from its first token, as `attach` does,
+        and `stream.request` is the stored one; with another digest `IdempotencyConflict` is raised. `deadline_s` is at most the
+        lane's. `linger_s`: how long it goes on without a reader, or after this process ended without leaving; None: to its end.
+        `delay_s`: nobody claims it before.
         """
         admission = self._route(
-            Admission(request, "", "", 0, self._name, priority=priority, linger_s=linger_s, delay_s=delay_s)
-        )
+            Admission(
+                request, "", "", 0, self._name, priority=priority, linger_s=linger_s, delay_s=delay_s,
+                idempotency_key=idempotency_key, digest=body_digest,
+            )
+        )  # fmt: skip
         limits = self._limits(priority, deadline_s)
-        stream = self._open(request.id, request.input.sampling_options.n)
+        stream = self._open(request.id, request.input.sampling_options.n, request=request, linger_s=linger_s)
         stream.serve(functools.partial(self._restore, admission, limits, time.monotonic()))
         admitting = asyncio.ensure_future(self.queue.admit(admission, limits))
         try:
-            await asyncio.shield(admitting)
+            admitted = await asyncio.shield(admitting)
         except QueueFull as refusal:
             await self._forget(stream)
             raise self._refusal(admission, refusal) from refusal
@@ -116,7 +122,17 @@ class PoolClient:
         except BaseException:
             await self._forget(stream)
             raise
-        return stream
+        if admitted == request.id:
+            return stream
+        await self._forget(stream)
+        found = await self.find(admitted)
+        if found is None:  # its record expired just now, so the key is free
+            return await self.submit(
+                request, priority=priority, deadline_s=deadline_s, idempotency_key=idempotency_key,
+                body_digest=body_digest, linger_s=linger_s, delay_s=delay_s,
+            )  # fmt: skip
+        log.debug("attached by its idempotency key", request_id=admitted)
+        return await self.attach(admitted, found=found)
 
     def _route(self, admission: Admission) -> Admission:
         """Where it starts, as the pool looks now."""
@@ -130,8 +146,8 @@ class PoolClient:
     def _limits(self, priority: str, deadline_s: float | None) -> Limits:
         lane = self._settings.lane(priority)
         return Limits(
-            lane.max_waiting_tasks, lane.max_waiting_tokens, deadline_s or lane.deadline_s, self._settings.result_ttl_s,
-            self._settings.dead_ttl_s,
+            lane.max_waiting_tasks, lane.max_waiting_tokens, min(deadline_s or lane.deadline_s, lane.deadline_s),
+            self._settings.result_ttl_s, self._settings.dead_ttl_s,
         )  # fmt: skip
 
     def _refusal(self, admission: Admission, refusal: QueueFull) -> QueueFull:
@@ -164,21 +180,47 @@ class PoolClient:
         self._abandoned.add(task)
         task.add_done_callback(self._abandoned.discard)
 
-    async def attach(self, request_id: str, choices: int) -> RequestStream:
-        """Read a request that somebody else may be serving, from its first token on; several readers may attach."""
-        assert self._subscription is not None
-        stream = self._open(request_id, choices, watch=True)
-        await self._subscription.add(self.queue.keys.tokens(request_id))  # once it is in force, the log is read
+    async def find(self, request_id: str) -> Standing | None:
+        """Where a request stands, with what was asked for; None when it is unknown or its record has expired."""
+        return await self.queue.attach(request_id, watch=False, with_request=True)
+
+    async def attach(
+        self, request_id: str, choices: int = 0, *, found: Standing | None = None, start: Sequence[int] = ()
+    ) -> RequestStream:
+        """Read a request that somebody else may be serving; several readers may attach.
+
+        From its first token on, or behind the first `start` tokens of each choice of a request that was `found`.
+        """
+        if found is None or found.request is None:
+            stream = self._open(request_id, choices, watch=True, is_creator=False)
+        else:
+            choices = found.request.input.sampling_options.n
+            stream = self._open(
+                request_id, choices, watch=True, is_creator=False, request=found.request, linger_s=found.linger_s
+            )
+            stream.begin(found, start or [0] * choices)
+            if found.has_ended:
+                return stream
+        try:
+            assert self._subscription is not None
+            await self._subscription.add(self.queue.keys.tokens(request_id))  # once it is in force, the log is read
+        except BaseException:
+            await self._forget(stream)
+            raise
         return stream
 
     async def snapshot(self) -> PoolSnapshot:
         """The pool as it was at most half a second ago."""
         return self._snapshot
 
-    def _open(self, request_id: str, choices: int, *, watch: bool = False) -> RequestStream:
+    def _open(
+        self, request_id: str, choices: int, *, watch: bool = False, is_creator: bool = True, request: Request | None = None,
+        linger_s: float | None = 0.0,
+    ) -> RequestStream:  # fmt: skip
         stream = RequestStream(
             request_id, choices, buffer_items=self._buffer_items, patience_s=self._settings.deadline_s,
             read=functools.partial(self.queue.attach, watch=watch), cancel=self.queue.cancel, forget=self._forget,
+            linger=self.queue.linger, request=request, is_creator=is_creator, linger_s=linger_s,
         )  # fmt: skip
         self._streams.setdefault(request_id, []).append(stream)
         return stream
@@ -246,6 +288,7 @@ class PoolClient:
                     self._name, interval_s=self._worker.sweep_s, lease_s=self._worker.lease_s,
                     max_attempts=self._worker.max_attempts,
                 )  # fmt: skip
+                await self._keep_read()
                 self.redis_error = None
             except BatonError as error:
                 if self.redis_error is None:
@@ -258,6 +301,23 @@ class PoolClient:
                         stream.fall_behind()
             await wait_at_most(self._pool_changed, SNAPSHOT_S)
             self._pool_changed.clear()
+
+    async def _keep_read(self) -> None:
+        """Requests that would linger without a reader have one here, whatever another reader said when it left."""
+        read = self._lingering()
+        if not read:
+            return
+        await self.queue.still_read(list(read))
+        for request_id in read.keys() - self._lingering().keys():  # it was left while this was said
+            await self.queue.linger(request_id, read[request_id])
+
+    def _lingering(self) -> dict[str, float]:
+        return {
+            stream.id: stream.linger_s
+            for readers in self._streams.values()
+            for stream in readers
+            if stream.linger_s and not stream.is_left
+        }
 
     async def _refresh(self) -> None:
         await self.queue.renew("api", self._name, b"", self._worker.lease_s)

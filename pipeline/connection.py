@@ -144,6 +144,7 @@ class Subscription:
         self._client = _client(settings, None)
         self._pubsub = self._client.pubsub()
         self.channels = set(channels)
+        self._is_lost = False  # a call found the connection lost: what Redis sends is not for these channels any more
 
     async def start(self) -> None:
         """Subscribe and wait for Redis to say so. Raises `RedisUnavailable`."""
@@ -156,14 +157,20 @@ class Subscription:
             raise RedisUnavailable(f"cannot subscribe to {sorted(self.channels)}: {error}") from error
 
     async def add(self, channel: str) -> None:
-        """Subscribe to one more channel; `messages` says when it is in force."""
+        """Subscribe to one more channel; `messages` says when it is in force, after a reconnection too."""
         self.channels.add(channel)
-        await self._pubsub.subscribe(channel)
+        try:
+            await self._pubsub.subscribe(channel)
+        except _LOST:
+            self._is_lost = True
 
     async def remove(self, channel: str) -> None:
         """Unsubscribe from one channel."""
         self.channels.discard(channel)
-        await self._pubsub.unsubscribe(channel)
+        try:
+            await self._pubsub.unsubscribe(channel)
+        except _LOST:
+            self._is_lost = True
 
     async def messages(self) -> AsyncIterator[tuple[str, bytes | None]]:
         """(channel, data) of each message; data None when the channel was subscribed (anew): read what you may have missed."""
@@ -171,6 +178,8 @@ class Subscription:
             try:
                 reply = await self._pubsub.parse_response(block=True)
             except _LOST:
+                self._is_lost = True
+            if self._is_lost:
                 await self._resubscribe()
                 continue
             if reply is None:
@@ -190,6 +199,7 @@ class Subscription:
             with contextlib.suppress(*_LOST):
                 await self._pubsub.aclose()  # type: ignore[no-untyped-call]
                 self._pubsub = self._client.pubsub()
+                self._is_lost = False
                 await self._pubsub.subscribe(*self.channels)
                 return
 

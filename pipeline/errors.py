@@ -3,7 +3,9 @@
 BatonError
 ├── InvalidRequest            bad input; `param` names the JSON path
 │   ├── ContextLengthExceeded
-│   └── ModelNotFound
+│   ├── ModelNotFound
+│   ├── RequestNotFound       no such request, or its record has expired
+│   └── IdempotencyConflict   the key already stands for another request
 ├── Refused                   not admitted; `retry_after_s` says when to come again
 │   ├── QueueFull
 │   │   └── LowLaneFull
@@ -55,6 +57,18 @@ class ModelNotFound(InvalidRequest):
     """No pool of that name is configured."""
 
     code = "model_not_found"
+
+
+class RequestNotFound(InvalidRequest):
+    """No request of that id is known here; the record of an ended one is kept for `queue.result_ttl_s`."""
+
+    code = "request_not_found"
+
+
+class IdempotencyConflict(InvalidRequest):
+    """An idempotency key came again with something else to do."""
+
+    code = "idempotency_conflict"
 
 
 class Refused(BatonError):

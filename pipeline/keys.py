@@ -37,7 +37,9 @@ TABLE: dict[str, KeySpec] = {
     "delayed": KeySpec(
         "delayed", "zset id -> ms", "admit, handback", "member until its time has come or its request ends"
     ),
-    "orphans": KeySpec("orphans", "zset id -> ms", "sweep", "member until a reader comes back or its time has come"),
+    "orphans": KeySpec(
+        "orphans", "zset id -> ms", "linger, sweep", "member until a reader comes back or the request ends"
+    ),
     "served": KeySpec(
         "served:{0}", "set of ids", "admit", "member until the request ends or the sweep finds its API gone"
     ),

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from pipeline.connection import Arg, Connection, Script
-from pipeline.errors import QueueFull
+from pipeline.errors import IdempotencyConflict, QueueFull, WireError
 from pipeline.keys import PoolKeys
 from pipeline.protocol import (
     WIRE_VERSION,
@@ -88,7 +88,8 @@ class StepItem:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Standing:
-    """Where a request stands, for a reader. The usage is final when the state is an ended one."""
+    """Where a request stands, for a reader. The usage is final when the state is an ended one; `request` is there for who asked for it.
+    `linger_s`: how long it goes on without a reader; None: to its end."""
 
     state: str
     reason: str
@@ -98,6 +99,15 @@ class Standing:
     cached_tokens: int
     timeline: Timeline
     log: Log
+    lane: str = ""
+    attempts: int = 0
+    linger_s: float | None = 0.0
+    request: Request | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.state in ENDED_STATES
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -165,7 +175,8 @@ class PoolQueue:
     async def admit(self, admission: Admission, limits: Limits) -> str:
         """Store the request and put its first task on a lane; returns its id, or the id of the first request of that key.
 
-        Raises `QueueFull` when the lane is full; `retry_after_s` is then 0: the caller knows the drain rate.
+        Raises `QueueFull` when the lane is full; `retry_after_s` is then 0: the caller knows the drain rate. Raises
+        `IdempotencyConflict` when the key's first request has another digest.
         """
         lane, stage = admission.lane, admission.stage
         answer = await self._call(
@@ -176,6 +187,12 @@ class PoolQueue:
             raise QueueFull(
                 f"lane {lane} of {stage} holds {answer[1]} tasks and {answer[2]} prompt tokens: try again later",
                 retry_after_s=0.0,
+            )
+        if answer[0] == b"conflict":
+            raise IdempotencyConflict(
+                f"the idempotency key already stands for request {answer[1].decode()}, which has another body: "
+                "send this one under a key of its own",
+                param="Idempotency-Key",
             )
         return answer[1].decode() if answer[0] == b"duplicate" else admission.request.id
 
@@ -199,15 +216,29 @@ class PoolQueue:
             admission.digest,
         )  # fmt: skip
 
-    async def attach(self, request_id: str, *, watch: bool) -> Standing | None:
-        """State and logs of a request; with `watch` its tokens also go to its own channel. None when unknown."""
-        answer = await self._call("attach", request_id, "1" if watch else "")
+    async def attach(self, request_id: str, *, watch: bool, with_request: bool = False) -> Standing | None:
+        """State and logs of a request; with `watch` its tokens also go to its own channel. None when unknown.
+
+        Raises `WireError` when the stored request was asked for and is not readable.
+        """
+        answer = await self._call("attach", request_id, "1" if watch else "", "1" if with_request else "")
         if not answer:
             return None
         state, reason, stage = (answer[i].decode() for i in range(3))
         prompt, completion, cached = (int(answer[i]) for i in range(3, 6))
         timeline = Timeline(*(int(value) for value in answer[6:13]))
-        return Standing(state, reason, stage, prompt, completion, cached, timeline, _log(answer[13:]))
+        return Standing(
+            state, reason, stage, prompt, completion, cached, timeline, _log(answer[17:]), lane=answer[13].decode(),
+            attempts=int(answer[14]), linger_s=int(answer[15]) / 1000 if answer[15] else None, request=_stored(request_id, answer[16]),
+        )  # fmt: skip
+
+    async def linger(self, request_id: str, seconds: float) -> str:
+        """Nobody reads the request: it is cancelled unless a reader comes back in time. Returns "lingers" or "ended <state>"."""
+        return " ".join(part.decode() for part in await self._call("linger", request_id, f"{seconds:g}"))
+
+    async def still_read(self, request_ids: Sequence[str]) -> None:
+        """These have a reader here: whatever another one said when it left, they are not cancelled for want of one."""
+        await self._connection.command("ZREM", self.keys.orphans(), *request_ids)
 
     async def end(
         self, request_id: str, state: str, reason: str = "", *, worker: str = "", epoch: int | None = None
@@ -336,6 +367,15 @@ class PoolQueue:
 
 def _verdict(answer: Sequence[bytes]) -> Verdict:
     return {b"ok": Verdict.ACCEPTED, b"fenced": Verdict.FENCED, b"ended": Verdict.ENDED}[answer[0]]
+
+
+def _stored(request_id: str, body: bytes) -> Request | None:
+    if not body:
+        return None
+    try:
+        return msgspec.msgpack.decode(body, type=Request)
+    except msgspec.DecodeError as error:
+        raise WireError(f"request {request_id} is stored in a form that this version does not read: {error}") from error
 
 
 def _log(rows: Sequence[bytes]) -> Log:

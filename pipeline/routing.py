@@ -6,6 +6,18 @@ import dataclasses
 
 from pipeline.config import RouterSettings
 
+LANE_OF_TIER = {
+    "auto": "default", "default": "default", "scale": "default", "priority": "high", "flex": "low", "batch": "low"
+}  # fmt: skip
+TIER_OF_LANE = {"high": "priority", "default": "default", "low": "flex"}
+
+
+def lane_of(priority: int | None, service_tier: str | None) -> str:
+    """The lane of a request: by its priority (lower goes first, 0 is the default), else by its service tier."""
+    if priority is not None:
+        return "high" if priority < 0 else "low" if priority > 0 else "default"
+    return LANE_OF_TIER[service_tier or "default"]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Route:

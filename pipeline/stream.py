@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from types import TracebackType
 
 import msgspec
 import structlog
 
 from pipeline.errors import RedisUnavailable
-from pipeline.protocol import EndItem, FinishReason, Log, Timeline, TokenItem, unpack_tokens
+from pipeline.protocol import EndItem, FinishReason, Log, Request, Timeline, TokenItem, unpack_tokens
 from pipeline.queue import ENDED_STATES, Restored, Standing
 
 log = structlog.get_logger("baton.stream")
 
 READ_AGAIN_S = 0.2
 STREAM_DIVERGED = "stream_diverged"
+PART_TOKENS = 512  # of a long log, at a time: what others are to be sent comes in between
 
 
 class TokenChunk(msgspec.Struct, frozen=True):
@@ -50,8 +51,11 @@ class Ended(msgspec.Struct, frozen=True):
 class RequestStream:
     """Iterate it for lists of `TokenChunk`: each list is everything that queued up since the last one.
 
-    Leaving early forgets the request locally; `cancel` ends it. After the iteration `ended` says how it ended. While Redis is away the
-    stream waits; `RedisUnavailable` is raised when it was away for `patience_s`.
+    Leaving the context forgets the request locally; `leave` says before that what becomes of it. After the iteration `ended` says how it
+    ended. While Redis is away the stream waits; `RedisUnavailable` is raised when it was away for `patience_s`.
+
+    `request`: what is read, where the reader knows it. `is_creator`: this reader submitted it; all others only look on. `linger_s`: how
+    long the request goes on without any reader; None: to its end.
     """
 
     def __init__(
@@ -64,8 +68,16 @@ class RequestStream:
         read: Callable[[str], Awaitable[Standing | None]],
         cancel: Callable[[str, str], Awaitable[object]],
         forget: Callable[[RequestStream], Awaitable[None]],
+        linger: Callable[[str, float], Awaitable[object]],
+        request: Request | None = None,
+        is_creator: bool = True,
+        linger_s: float | None = 0.0,
     ) -> None:
         self.id = request_id
+        self.request = request
+        self.is_creator = is_creator
+        self.linger_s = linger_s
+        self.is_left = False
         self.ended: Ended | None = None
         self._next = [0] * choices  # index of the first token of each choice that the reader has not got
         self._delivered: list[list[int]] = [
@@ -76,9 +88,10 @@ class RequestStream:
         ] * choices  # why those choices ended that the reader has seen end
         self._buffer: list[TokenChunk] = []
         self._buffer_items = buffer_items
+        self._is_long = False  # the buffer holds chunks of more than `PART_TOKENS`
         self._behind = False  # the log knows more than the buffer: read it before going on
         self._waiter: asyncio.Future[None] | None = None
-        self._read, self._cancel, self._forget = read, cancel, forget
+        self._read, self._cancel, self._forget, self._linger = read, cancel, forget, linger
         self._restore: Callable[[Log], Awaitable[Restored]] | None = None
         self._last_item_s = time.monotonic()
         self._heard_s = self._last_item_s  # when Redis last answered a read; while it is away the stream waits
@@ -165,13 +178,26 @@ class RequestStream:
     ) -> None:
         await self._forget(self)
 
+    def begin(self, standing: Standing, start: Sequence[int]) -> None:
+        """Go on behind the first `start` tokens of each choice: the reader has them, and they are what the log says."""
+        for choice, (tokens, count) in enumerate(zip(standing.log.tokens, start, strict=True)):
+            self._next[choice] = count
+            self._delivered[choice] = tokens[:count]
+        self._take(standing)
+
     async def __aiter__(self) -> AsyncIterator[list[TokenChunk]]:
         while True:
             if self._behind:
                 await self._catch_up()
             if self._buffer:
                 chunks, self._buffer = self._buffer, []
-                yield chunks
+                if not self._is_long:
+                    yield chunks
+                    continue
+                self._is_long = False
+                for part in in_parts(chunks):
+                    yield [part]
+                    await asyncio.sleep(0)
             elif self.ended is not None:
                 return
             elif not self._behind:
@@ -204,6 +230,10 @@ class RequestStream:
         if standing is None or self._is_behind(standing, sent):
             await self._bring_back()
             return
+        self._take(standing)
+
+    def _take(self, standing: Standing) -> None:
+        """Take what the log knows and the reader does not."""
         for choice, (tokens, reason) in enumerate(zip(standing.log.tokens, standing.log.finished, strict=True)):
             sent = self._delivered[choice]
             if tokens[: len(sent)] != sent[: len(tokens)]:
@@ -212,7 +242,8 @@ class RequestStream:
             missing = tokens[self._next[choice] :]
             if missing or (reason is not None and self._reasons[choice] is None):
                 self._append(choice, self._next[choice], missing, reason)
-        if standing.state in ENDED_STATES and self.ended is None:
+                self._is_long |= len(missing) > PART_TOKENS
+        if standing.has_ended and self.ended is None:
             usage = Usage(standing.prompt_tokens, standing.completion_tokens, standing.cached_tokens)
             self.ended = Ended(standing.state, standing.reason, usage, standing.stage, standing.timeline)
 
@@ -239,3 +270,24 @@ class RequestStream:
     async def cancel(self, reason: str = "client disconnected") -> None:
         """End the request; whoever holds it stops and frees its blocks."""
         await self._cancel(self.id, reason)
+
+    async def leave(self, reason: str) -> None:
+        """The reader goes before the end. A request that needs no reader goes on, one that may linger waits for another one, any other
+        is cancelled if this reader created it."""
+        self.is_left = True
+        if self.ended is not None or self.linger_s is None:
+            return
+        if self.linger_s > 0:
+            await self._linger(self.id, self.linger_s)
+        elif self.is_creator:
+            await self.cancel(reason)
+
+
+def in_parts(chunks: Sequence[TokenChunk]) -> Iterator[TokenChunk]:
+    """The same tokens in chunks that are not long; a finish reason stays with the last token."""
+    for chunk in chunks:
+        tokens, start = chunk.token_ids, 0
+        while len(tokens) - start > PART_TOKENS:
+            yield TokenChunk(chunk.choice, chunk.index + start, tokens[start : start + PART_TOKENS], None)
+            start += PART_TOKENS
+        yield TokenChunk(chunk.choice, chunk.index + start, tokens[start:], chunk.finish_reason)

@@ -1,11 +1,13 @@
 -- Stores a request once and puts its first task on a lane, at once or after a delay.
 -- KEYS: root
 -- ARGV: id, stage, lane, body, prompt tokens, blocks, n, wire version, api, deadline s, result ttl s, dead ttl s,
---       priority (high, default, low), idempotency key or '', linger ms (how long it goes on after its API process ended; '' for
---       ever), delay ms, id of the dead-lettered request that this one repeats or '', digest of the body or '',
---       max waiting tasks, max waiting tokens
--- Answers: {'ok', waiting tasks of the lane} | {'duplicate', id of the first} | {'full', waiting tasks, waiting tokens}
+--       priority (high, default, low), idempotency key or '', linger ms (how long it goes on without a reader, or after its API
+--       process ended; '' to its end), delay ms, id of the dead-lettered request that this one repeats or '', digest of what the
+--       idempotency key stands for, max waiting tasks, max waiting tokens
+-- Answers: {'ok', waiting tasks of the lane} | {'duplicate', id of the first} | {'conflict', id of the first}
+--          | {'full', waiting tasks, waiting tokens}
 -- Called twice: the request exists, so the answer is 'ok' again.
+-- A key names its first request while that lives or is done. One that came to nothing gives way to the next with the same digest.
 local r = request_of(ARGV)
 local max_tasks, max_tokens = tonumber(ARGV[19]), tonumber(ARGV[20])
 
@@ -14,7 +16,9 @@ local tasks_waiting, tokens_waiting = tonumber(waiting[1] or 0), tonumber(waitin
 if redis.call('EXISTS', key_req(r.id)) == 1 then return {'ok', tasks_waiting} end
 if r.idem ~= '' then
   local first = redis.call('GET', key_idem(r.idem))
-  if first then return {'duplicate', first} end
+  local h = redis.call('HMGET', key_req(first or ''), 'state', 'digest')
+  if h[1] and h[2] ~= r.digest then return {'conflict', first} end
+  if h[1] and (h[1] == 'done' or not is_ended(h[1])) then return {'duplicate', first} end
 end
 if tasks_waiting >= max_tasks or tokens_waiting + tonumber(r.tokens) > max_tokens then
   return {'full', tasks_waiting, tokens_waiting}

@@ -237,6 +237,7 @@ SCRIPTS: dict[str, Callable[[Story], Awaitable[str]]] = {
     "end (owner)": lambda story: _ended(story, "done", _owner(story), story.delivery.epoch),
     "cancel": lambda story: _ended(story, "cancelled", "", None),
     "attach": _attached,
+    "linger": lambda story: story.queue.linger(ID, 60),
     "renew": _renewed,
     "handback": lambda story: story.queue.hand_back(
         story.delivery, _owner(story), counts=False, max_attempts=3, why="test"

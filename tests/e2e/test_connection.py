@@ -44,6 +44,29 @@ async def test_a_subscription_outlives_a_redis_that_was_away_for_several_attempt
     server.stop()
 
 
+async def test_a_channel_that_is_added_while_redis_is_away_is_heard_when_it_is_back(short_dir: Path) -> None:
+    server = RedisServer.start(short_dir)
+    server.wait_ready()
+    connection = Connection(RedisSettings(url=server.url))
+    subscription = await connection.subscribe("news", "old")
+    messages = subscription.messages()
+    server.process.kill()
+    server.stop()
+    await subscription.add("more")
+    await subscription.remove("old")
+
+    server = RedisServer.start(short_dir)
+    server.wait_ready()
+    async with asyncio.timeout(30):
+        assert {(await anext(messages))[0] for _ in range(2)} == {"news", "more"}
+        server.command("PUBLISH", "more", "hello")
+        assert await anext(messages) == ("more", b"hello")
+
+    await messages.aclose()
+    await connection.close()
+    server.stop()
+
+
 async def test_clients_that_come_and_go_together_always_leave(default_redis_url: str) -> None:
     """Each leaving client rings the other one in the moment in which that is cancelled, too."""
     async with System(default_redis_url) as system:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api.bodies import chat_body, completion_body, single_prompt, template_messages, wanted
+from api.bodies import chat_body, completion_body, digest, single_prompt, template_messages, wanted
 from pipeline.errors import InvalidRequest
 from pipeline.preprocess import Wanted
 
@@ -70,6 +70,9 @@ def completion(**fields: Any) -> bytes:
         ({"audio": {}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"guided_json": {}}, "guided_json"),
+        ({"priority": "high"}, "priority"),
+        ({"priority": 2**31}, "priority"),
+        ({"service_tier": "fastest"}, "service_tier"),
     ],
 )
 def test_a_wrong_chat_field_is_named(fields: dict[str, Any], param: str) -> None:
@@ -186,3 +189,36 @@ def test_several_prompts_are_several_requests(prompt: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         single_prompt(completion_body(completion(prompt=prompt)))
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1, "stop": None},
+        {"stream": True},
+        {"priority": -1},
+        {"service_tier": "flex"},
+        {"user": "somebody"},
+        {"chat_template_kwargs": {"b": 1, "a": 2}},
+    ],
+)
+def test_bodies_that_ask_for_the_same_answer_have_one_digest(fields: dict[str, Any]) -> None:
+    base = {"temperature": 1.0} if "temperature" in fields else {}
+    if "chat_template_kwargs" in fields:
+        base = {"chat_template_kwargs": {"a": 2, "b": 1}}
+    assert digest(chat_body(chat(**fields))) == digest(chat_body(chat(**base)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": "ho"}]},
+        {"model": "n"},
+        {"max_tokens": 3},
+        {"seed": 0},
+        {"stop": ["x"]},
+        {"stream": True, "stream_options": {"include_usage": True}},
+    ],
+)
+def test_bodies_that_ask_for_another_answer_have_another_digest(fields: dict[str, Any]) -> None:
+    assert digest(chat_body(chat(**fields))) != digest(chat_body(chat()))

@@ -71,7 +71,9 @@ def stream() -> RequestStream:
     async def nothing(*_: object) -> None:
         return None
 
-    return RequestStream("r", 1, buffer_items=10, patience_s=1, read=nothing, cancel=nothing, forget=nothing)
+    return RequestStream(
+        "r", 1, buffer_items=10, patience_s=1, read=nothing, cancel=nothing, forget=nothing, linger=nothing
+    )
 
 
 async def test_a_feed_gives_what_queued_up_and_then_the_end() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.client import blocks_needed, drained_per_s
 from pipeline.config import RouterSettings
-from pipeline.routing import DisaggregatedRouter, PoolLoad, retry_after_s
+from pipeline.queue import LANES
+from pipeline.routing import LANE_OF_TIER, TIER_OF_LANE, DisaggregatedRouter, PoolLoad, lane_of, retry_after_s
 from pipeline.snapshot import PoolSnapshot
 
 POLICY = RouterSettings(max_local_prefill_length=100, max_prefill_queue_size=5)
@@ -75,3 +80,33 @@ def test_what_no_prefill_worker_could_hold_stays_local() -> None:
     load = PoolLoad(0, 1, 1, prefill_max_blocks=16)
     assert [router.route(1000, 0, load, blocks=blocks).stage for blocks in (16, 17)] == ["prefill", "decode"]
     assert router.route(1000, 0, PoolLoad(0, 1, 1), blocks=17).stage == "prefill"
+
+
+@pytest.mark.parametrize(
+    ("priority", "tier", "lane"),
+    [
+        (None, None, "default"),
+        (None, "auto", "default"),
+        (None, "default", "default"),
+        (None, "priority", "high"),
+        (None, "flex", "low"),
+        (None, "batch", "low"),
+        (-5, None, "high"),
+        (0, None, "default"),
+        (7, None, "low"),
+        (-1, "flex", "high"),
+        (0, "priority", "default"),
+        (1, "priority", "low"),
+    ],
+)
+def test_priority_decides_the_lane_and_without_it_the_service_tier(
+    priority: int | None, tier: str | None, lane: str
+) -> None:
+    assert lane_of(priority, tier) == lane
+
+
+def test_the_readme_of_the_api_lists_the_tiers() -> None:
+    text = (Path(__file__).parents[2] / "api" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `service_tier` (.+?) \| `(\w+)` \|", text, re.MULTILINE))
+    assert {tier: lane for tiers, lane in rows.items() for tier in re.findall(r"`(\w+)`", tiers)} == LANE_OF_TIER
+    assert set(TIER_OF_LANE) == set(LANES)

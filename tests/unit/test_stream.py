@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.protocol import EndItem, FinishReason, Log, Timeline, TokenItem, pack_tokens
 from pipeline.queue import Standing
-from pipeline.stream import RequestStream, TokenChunk
-from tests.system import take
+from pipeline.stream import PART_TOKENS, RequestStream, TokenChunk
+from tests.system import request, take
 
 LOGS = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
 END = EndItem("r", "done", "", 4, 9, 0, "decode", Timeline())
@@ -26,6 +27,7 @@ class Store:
         self.ended = False
         self.reads = 0
         self.cancelled: list[str] = []
+        self.lingers: list[float] = []
 
     async def read(self, request_id: str) -> Standing:
         self.reads += 1
@@ -48,13 +50,17 @@ class Store:
     async def cancel(self, request_id: str, reason: str) -> None:
         self.cancelled.append(reason)
 
+    async def linger(self, request_id: str, seconds: float) -> None:
+        self.lingers.append(seconds)
+
     async def forget(self, stream: RequestStream) -> None: ...
 
 
-def open_stream(store: Store, buffer_items: int = 100) -> RequestStream:
+def open_stream(store: Store, buffer_items: int = 100, **known: Any) -> RequestStream:
     return RequestStream(
-        "r", 2, buffer_items=buffer_items, patience_s=5, read=store.read, cancel=store.cancel, forget=store.forget
-    )
+        "r", 2, buffer_items=buffer_items, patience_s=5, read=store.read, cancel=store.cancel, forget=store.forget,
+        linger=store.linger, **known,
+    )  # fmt: skip
 
 
 def item(choice: int, start: int, stop: int) -> TokenItem:
@@ -201,3 +207,87 @@ async def test_a_finish_without_tokens_is_given_once(reason: str) -> None:
     stream.feed_end(EndItem("r", "failed", "", 4, 0, 0, "decode", Timeline()))
     _, seen = await read_all(stream)
     assert len(seen) == (1 if reason else 0)
+
+
+@pytest.mark.parametrize("start", [(0, 0), (2, 0), (6, 1)])
+async def test_a_reader_goes_on_behind_what_it_has(start: tuple[int, int]) -> None:
+    store = Store()
+    store.written = [6, 1]
+    stream = open_stream(store)
+    stream.begin(await store.read("r"), start)
+    stream.feed(item(1, 1, 3))
+    stream.feed_end(END)
+    tokens = [log[:count] for log, count in zip(LOGS, start, strict=True)]
+    reasons = []
+    async with asyncio.timeout(5):
+        async for chunks in stream:
+            for chunk in chunks:
+                take(tokens, chunk)
+                reasons.append(chunk.finish_reason)
+    assert tokens == LOGS
+    assert [reason for reason in reasons if reason] == [FinishReason.LENGTH] * 2
+
+
+async def test_what_a_reader_had_before_counts_when_the_log_says_otherwise() -> None:
+    store = Store()
+    store.written = [4, 0]
+    stream = open_stream(store)
+    stream.begin(await store.read("r"), (4, 0))
+    stream.feed(TokenItem("r", 0, 2, pack_tokens([7, 99])))  # Redis lost the fourth token, another stands there now
+    tokens, _ = await read_all(stream)
+    assert tokens == [[], []]
+    assert stream.ended is not None
+    assert stream.ended.reason.startswith("stream_diverged")
+
+
+async def test_a_long_log_comes_in_parts_and_others_get_their_turn_in_between() -> None:
+    store = Store()
+    tokens = list(range(3 * PART_TOKENS + 5))
+
+    async def read(request_id: str) -> Standing:
+        log = Log(tokens=[tokens, []], finished=[FinishReason.LENGTH, FinishReason.LENGTH])
+        return Standing("done", "", "decode", 4, len(tokens), 0, Timeline(), log)
+
+    stream = open_stream(store)
+    stream._read = read
+    stream.fall_behind()
+    turns: list[int] = []
+
+    async def other() -> None:
+        while True:
+            turns.append(len(seen))
+            await asyncio.sleep(0)
+
+    seen: list[TokenChunk] = []
+    turning = asyncio.create_task(other())
+    async for chunks in stream:
+        seen += chunks
+    turning.cancel()
+    assert [token for chunk in seen if chunk.choice == 0 for token in chunk.token_ids] == tokens
+    assert [len(chunk.token_ids) for chunk in seen] == [PART_TOKENS] * 3 + [5, 0]
+    assert [chunk.finish_reason is not None for chunk in seen] == [False, False, False, True, True]
+    assert {1, 2, 3, 4} <= set(turns)
+
+
+@pytest.mark.parametrize(
+    ("is_creator", "linger_s", "cancels", "lingers"),
+    [
+        (True, 0.0, True, False),
+        (False, 0.0, False, False),
+        (True, 5.0, False, True),
+        (False, 5.0, False, True),
+        (True, None, False, False),
+        (False, None, False, False),
+    ],
+)
+async def test_what_becomes_of_a_request_that_its_reader_leaves(
+    is_creator: bool, linger_s: float | None, cancels: bool, lingers: bool
+) -> None:
+    store = Store()
+    stream = open_stream(store, request=request(3), is_creator=is_creator, linger_s=linger_s)
+    await stream.leave("test")
+    assert (store.cancelled, store.lingers) == (["test"] if cancels else [], [5.0] if lingers else [])
+    stream.feed_end(END)
+    await stream.leave("again")
+    assert "again" not in store.cancelled
+    assert len(store.lingers) <= 1

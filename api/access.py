@@ -1,0 +1,51 @@
+"""Who may read, resume and cancel a request: the API key that created it. There are no keys yet, so every caller is the same one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fastapi import Request as HttpRequest
+
+from api.edge import REQUEST_ID
+from api.service import ServedPool, Service
+from pipeline.errors import RequestNotFound
+from pipeline.ids import pool_of
+from pipeline.protocol import Request
+from pipeline.queue import Standing
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """A request that the caller may see."""
+
+    pool: ServedPool
+    request: Request
+    standing: Standing
+
+
+def caller_of(http: HttpRequest) -> str:
+    """The digest of the caller's API key, as `Request.owner` holds it."""
+    return ""
+
+
+def may_access(request: Request, caller: str) -> bool:
+    """Whether a caller may read, resume and cancel this request."""
+    return request.owner == caller
+
+
+async def find_request(service: Service, http: HttpRequest, request_id: str) -> Found:
+    """The request of an id. Raises RequestNotFound, also for those of others: who may not see it learns nothing of it."""
+    pool = service.pools.get(pool_of(request_id))
+    standing = await pool.client.find(request_id) if pool is not None else None
+    if (
+        pool is None
+        or standing is None
+        or standing.request is None
+        or not may_access(standing.request, caller_of(http))
+    ):
+        raise RequestNotFound(
+            f"request {request_id[:100]!r} is not known: the id is wrong, or it ended and its record has expired",
+            param="id",
+        )
+    http.scope[REQUEST_ID] = request_id
+    return Found(pool, standing.request, standing)

@@ -1,0 +1,81 @@
+"""Request headers that say how a request is to be treated. What a header cannot mean is a 400 that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from starlette.datastructures import Headers
+
+from pipeline.errors import InvalidRequest
+
+RESUMABLE = "X-Baton-Resumable"
+LINGER = "X-Baton-Linger"
+TIMEOUT = "X-Request-Timeout"
+IDEMPOTENCY_KEY = "Idempotency-Key"
+
+LONGEST_LINGER_S = 3600.0
+LONGEST_KEY = 255
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Treatment:
+    """`timeout_s` None: what the settings say. `idempotency_key` is empty where none was given. `linger_s`: how long the request goes
+    on without a reader; None: to its end, as a resumable one does unless a time is given."""
+
+    resumable: bool = False
+    linger_s: float | None = 0.0
+    timeout_s: float | None = None
+    idempotency_key: str = ""
+
+
+def treatment(headers: Headers) -> Treatment:
+    """What the headers ask for. Raises InvalidRequest."""
+    resumable, linger_s = _flag(headers, RESUMABLE), _seconds(headers, LINGER, most=LONGEST_LINGER_S)
+    if linger_s is None and not resumable:
+        linger_s = 0.0
+    return Treatment(
+        resumable=resumable,
+        linger_s=linger_s,
+        timeout_s=_timeout_s(headers),
+        idempotency_key=_key(headers),
+    )
+
+
+def _flag(headers: Headers, name: str) -> bool:
+    value = headers.get(name, "false").strip().lower()
+    if value not in ("true", "false"):
+        raise InvalidRequest(f"{name}: expected true or false, not {value[:100]!r}", param=name)
+    return value == "true"
+
+
+def _timeout_s(headers: Headers) -> float | None:
+    seconds = _seconds(headers, TIMEOUT)
+    if seconds == 0:
+        raise InvalidRequest(f"{TIMEOUT}: expected more than 0 seconds", param=TIMEOUT)
+    return seconds
+
+
+def _seconds(headers: Headers, name: str, *, most: float = math.inf) -> float | None:
+    value = headers.get(name)
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not (0 <= seconds <= most and math.isfinite(seconds)):
+        limit = f" from 0 to {most:g}" if math.isfinite(most) else ""
+        raise InvalidRequest(f"{name}: expected a number of seconds{limit}, not {value[:100]!r}", param=name)
+    return seconds
+
+
+def _key(headers: Headers) -> str:
+    value = headers.get(IDEMPOTENCY_KEY)
+    if value is None:
+        return ""
+    if not (0 < len(value) <= LONGEST_KEY and value.isascii() and value.isprintable()):
+        raise InvalidRequest(
+            f"{IDEMPOTENCY_KEY}: expected 1 to {LONGEST_KEY} printable ASCII characters", param=IDEMPOTENCY_KEY
+        )
+    return value

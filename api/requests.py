@@ -1,0 +1,111 @@
+"""`/v1/streams/{id}` and `/v1/requests/{id}`: what becomes of a request after its first connection, on any replica."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from starlette.responses import Response
+
+from api.access import Found, find_request
+from api.answers import StreamedAnswer
+from api.event_ids import LAST_EVENT_ID, Place, read_event_id
+from api.feed import Choices
+from api.service import Service
+from api.sse import FINISH_WORDS, choice_body, usage_fields
+from api.transcript import NumberedTranscript
+from pipeline.errors import RequestNotFound
+from pipeline.protocol import Timeline
+from pipeline.stream import TokenChunk, Usage
+
+READ = ["GET", "HEAD"]
+INLINE_TOKENS = 16_384  # more are made text again in a thread, so that they do not hold up the streams
+
+
+def request_routes(service: Service) -> APIRouter:
+    """The routes that take a request's id."""
+    router = APIRouter()
+
+    @router.api_route("/v1/streams/{request_id}", methods=READ)
+    async def stream(http: HttpRequest, request_id: str, last_event_id: str | None = None) -> Response:
+        """The events behind the last one that the reader has; a header wins over the query, as it is the newer one of the two."""
+        service.drain.check()
+        found = await find_request(service, http, request_id)
+        if http.method == "HEAD":
+            return Response(media_type="text/event-stream")
+        given = http.headers.get(LAST_EVENT_ID, last_event_id)
+        if given is None:
+            return _stream(service, found, Place.at_start(found.request), waits=True)
+        place = read_event_id(given, found.request, found.standing.log)
+        make = functools.partial(_stream, service, found, place, waits=False)
+        return make() if sum(place.tokens) <= INLINE_TOKENS else await asyncio.to_thread(make)
+
+    @router.api_route("/v1/requests/{request_id}", methods=READ)
+    async def show(http: HttpRequest, request_id: str) -> Response:
+        """Where a request stands, and its text so far."""
+        found = await find_request(service, http, request_id)
+        inline = sum(map(len, found.standing.log.tokens)) <= INLINE_TOKENS
+        return _json(_record(found) if inline else await asyncio.to_thread(_record, found))
+
+    @router.post("/v1/requests/{request_id}/cancel")
+    async def cancel(http: HttpRequest, request_id: str) -> Response:
+        """End a request; one that has ended stays what it is."""
+        found = await find_request(service, http, request_id)
+        state, reason = await found.pool.client.queue.cancel(request_id, "cancelled by its client")
+        if state == "gone":
+            raise RequestNotFound(f"the record of request {request_id} expired just now", param="id")
+        return _json({"id": request_id, "object": "request", "state": state, "reason": reason})
+
+    return router
+
+
+def _stream(service: Service, found: Found, place: Place, *, waits: bool) -> StreamedAnswer:
+    tokenizer, log = found.pool.preprocessor.tokenizer, found.standing.log
+    transcript = NumberedTranscript(tokenizer, found.request, place, log)
+    opening = functools.partial(found.pool.client.attach, found.request.id, found=found.standing, start=place.tokens)
+    return StreamedAnswer(service, found.pool, opening, lambda _: transcript, waits=waits)
+
+
+def _record(found: Found) -> dict[str, Any]:
+    """A request as `/v1/requests/{id}` shows it."""
+    request, standing = found.request, found.standing
+    completion = standing.completion_tokens if standing.has_ended else sum(map(len, standing.log.tokens))
+    return {
+        "id": request.id,
+        "object": "request",
+        "kind": request.kind,
+        "model": request.input.model,
+        "created": request.created_s,
+        "state": standing.state,
+        "reason": standing.reason,
+        "stage": standing.stage,
+        "lane": standing.lane,
+        "attempts": standing.attempts,
+        "resumable": request.resumable,
+        "timeline": {name: getattr(standing.timeline, name) or None for name in Timeline.__struct_fields__},
+        "usage": usage_fields(Usage(standing.prompt_tokens, completion, standing.cached_tokens)),
+        "choices": _choices(found),
+    }
+
+
+def _choices(found: Found) -> list[dict[str, Any]]:
+    """Each choice with its text so far: what is certain, and all of it where the choice has ended."""
+    log = found.standing.log
+    choices = Choices(found.pool.preprocessor.tokenizer, found.request, by_token=False)
+    texts = ["" for _ in log.tokens]
+    for choice, (tokens, reason) in enumerate(zip(log.tokens, log.finished, strict=True)):
+        for _, text, _ in choices.push((TokenChunk(choice, 0, tokens, reason),)):
+            texts[choice] += text
+    words = [FINISH_WORDS[reason] if reason is not None else None for reason in choices.reasons]
+    return [
+        choice_body(found.request, index, text, word)
+        for index, (text, word) in enumerate(zip(texts, words, strict=True))
+    ]
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

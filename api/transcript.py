@@ -1,0 +1,97 @@
+"""Tokens of a request in, bytes of its events out. With ids, the same events can go on at any place of the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from api.event_ids import CERTAIN, COMPLETE, FINISHED, UNOPENED, Mark, Place
+from api.feed import Choices
+from api.sse import Events
+from pipeline.protocol import Log, Request
+from pipeline.stream import TokenChunk, Usage
+from pipeline.tokenizer import Tokenizer
+
+
+class Transcript:
+    """The events of one answer. `opening`: what comes before the first token."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        self.choices = Choices(tokenizer, request, by_token=True)
+        self._events = Events(request)
+        self._include_usage = request.include_usage
+        self.opening = self._events.opening
+
+    def encode(self, chunks: Sequence[TokenChunk]) -> bytes:
+        """The events that these tokens make certain."""
+        events = self._events
+        parts: list[bytes] = []
+        for choice, text, reason in self.choices.push(chunks):
+            if text:
+                parts.append(events.text(choice, text))
+            if reason is not None:
+                parts.append(events.finish(choice, reason))
+        return b"".join(parts)
+
+    def usage(self, usage: Usage) -> bytes:
+        """The usage event, for those who asked for it."""
+        return self._events.usage(usage) if self._include_usage else b""
+
+
+class NumberedTranscript(Transcript):
+    """The same events with their ids, from `place` on. `log` holds at least the tokens that were sent by then; their text is made again and
+    not given out, so that what was held back comes as it would have."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, place: Place, log: Log) -> None:
+        super().__init__(tokenizer, request)
+        self._marks = [str(mark).encode() for mark in place.marks]
+        self._include_usage = request.include_usage and not place.has_usage
+        self.opening = b"".join(
+            self._numbered(choice, Mark(0, CERTAIN), self._events.openings[choice])
+            for choice, mark in enumerate(place.marks)
+            if mark.phase == UNOPENED
+        )
+        for choice, mark in enumerate(place.marks):
+            if mark.phase == CERTAIN:
+                self.choices.skip(choice, log.tokens[choice][: mark.tokens])
+            elif mark.phase == FINISHED:
+                self.choices.reasons[choice] = log.finished[choice]
+
+    @classmethod
+    def from_start(cls, tokenizer: Tokenizer, request: Request) -> NumberedTranscript:
+        """The whole answer."""
+        return cls(tokenizer, request, Place.at_start(request), Log.empty(request.input.sampling_options.n))
+
+    def encode(self, chunks: Sequence[TokenChunk]) -> bytes:
+        """The events that these tokens make certain; each knows by which token."""
+        events = self._events
+        parts: list[bytes] = []
+        for one in one_by_one(chunks):
+            count = one.index + len(one.token_ids)
+            for choice, text, reason in self.choices.push((one,)):
+                if text:
+                    is_last = reason is not None or one.finish_reason is not None
+                    phase = COMPLETE if is_last else CERTAIN
+                    parts.append(self._numbered(choice, Mark(count, phase), events.text(choice, text)))
+                if reason is not None:
+                    parts.append(self._numbered(choice, Mark(count, FINISHED), events.finish(choice, reason)))
+        return b"".join(parts)
+
+    def usage(self, usage: Usage) -> bytes:
+        """The usage event, for those who asked for it and have not got it."""
+        event = super().usage(usage)
+        return b"id: " + b".".join(self._marks) + b"-u\n" + event if event else b""
+
+    def _numbered(self, choice: int, mark: Mark, event: bytes) -> bytes:
+        self._marks[choice] = str(mark).encode()
+        return b"id: " + b".".join(self._marks) + b"\n" + event
+
+
+def one_by_one(chunks: Sequence[TokenChunk]) -> Iterator[TokenChunk]:
+    """The same tokens in chunks of one; a finish reason stays with the last token, or without any."""
+    for chunk in chunks:
+        if not chunk.token_ids:
+            yield chunk
+        last = len(chunk.token_ids) - 1
+        for offset, token_id in enumerate(chunk.token_ids):
+            reason = chunk.finish_reason if offset == last else None
+            yield TokenChunk(chunk.choice, chunk.index + offset, [token_id], reason)
