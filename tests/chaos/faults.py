@@ -18,7 +18,7 @@ PAUSE_MS = 500
 class Weather:
     """`run` it as a task until cancelled. `counts` says what came how often."""
 
-    def __init__(self, fleet: Fleet, journal: Journal, rng: random.Random) -> None:
+    def __init__(self, fleet: Fleet, journal: Journal, rng: random.Random, *, power_cuts: bool) -> None:
         self._fleet, self._journal, self._rng = fleet, journal, rng
         self._kinds: dict[str, Callable[[], Awaitable[None]]] = {
             "worker killed": self._kill_worker,
@@ -37,6 +37,8 @@ class Weather:
             "Redis paused": lambda: self._tell_redis("CLIENT", "PAUSE", str(PAUSE_MS)),
             "scripts flushed": lambda: self._tell_redis("SCRIPT", "FLUSH"),
         }
+        if power_cuts:
+            self._kinds["Redis lost its last second"] = self._cut_power
         self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(self._kinds, 0))
 
     async def run(self, pause_s: float) -> None:
@@ -74,12 +76,16 @@ class Weather:
 
     async def _restart_redis(self, number: signal.Signals) -> None:
         self._journal.touch_all()
-        await self._fleet.restart_redis(number)
+        await self._fleet.redis.restart(number)
+
+    async def _cut_power(self) -> None:
+        self._journal.touch_all()
+        await self._fleet.redis.cut_power()
 
     async def _tell_redis(self, *words: str) -> None:
         self._journal.touch_all()
         try:
-            await asyncio.to_thread(self._fleet.redis.command, *words)
+            await self._fleet.redis.command(*words)
         except RedisUnavailable:
             if words[:2] != ("CLIENT", "KILL"):  # which may kill the connection that asks for it
                 raise

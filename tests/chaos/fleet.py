@@ -26,7 +26,7 @@ from pipeline.config import RedisSettings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError
 from pipeline.queue import PoolQueue
-from pipeline.redis_server import RedisServer
+from tests.chaos.server import Server
 from tests.e2e.processes import children
 from tests.proxy import RedisProxy, Trap
 from tests.system import POOL, System, free_port
@@ -94,13 +94,11 @@ class Fleet:
         self.folder = folder
         self.engine = engine
         self.surprises: list[str] = []  # processes that ended although nobody asked them to
-        self.redis_harmed_s = -1.0
         self._rng = rng
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Fleet:
-        await self._start_redis()
-        self._stack.push_async_callback(self._stop_redis)
+        self.redis = await self._stack.enter_async_context(Server(self.folder))
         self.blocks_dir = self.folder / "blocks"
         for name in ("logs", "blocks"):
             (self.folder / name).mkdir()
@@ -278,21 +276,3 @@ class Fleet:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-
-    # -- Redis ------------------------------------------------------------------------------------------------------------
-
-    async def _start_redis(self) -> None:
-        self.redis = RedisServer.start(self.folder, appendfsync="everysec")
-        await asyncio.to_thread(self.redis.wait_ready)
-
-    async def restart_redis(self, number: signal.Signals) -> None:
-        """End it by a signal and start it again on the same data."""
-        self.redis_harmed_s = time.monotonic()
-        self.redis.process.send_signal(number)
-        await asyncio.to_thread(self.redis.process.wait)
-        self.redis.stop()
-        await self._start_redis()
-        self.redis_harmed_s = time.monotonic()
-
-    async def _stop_redis(self) -> None:
-        await asyncio.to_thread(self.redis.stop)

@@ -21,6 +21,7 @@ class Report:
     seconds: float
     engine: str
     clients: int
+    power_cuts: bool
     wall_s: float
     outcomes: dict[str, int]
     faults: dict[str, int]
@@ -45,7 +46,7 @@ class Report:
         """The command that runs it again."""
         return (
             f"python -m tests.chaos --seconds {self.seconds:g} --seed {self.seed} --engine {self.engine} "
-            f"--clients {self.clients}"
+            f"--clients {self.clients}{' --power-cuts' if self.power_cuts else ''}"
         )
 
     def as_dict(self) -> dict[str, Any]:

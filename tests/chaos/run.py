@@ -41,6 +41,7 @@ class Plan:
     seed: int = 1
     engine: str = "mock"
     clients: int = 12
+    power_cuts: bool = False
 
     @property
     def longest_s(self) -> float:
@@ -77,7 +78,7 @@ async def _run_in(folder: Path, plan: Plan, say: Callable[[str], None]) -> Repor
         invariants.check_processes(fleet, findings)
     return make_report(
         journal, findings, faults=dict(weather.counts), hits=visitor.hits, seed=plan.seed, seconds=plan.seconds,
-        engine=plan.engine, clients=plan.clients, wall_s=round(time.monotonic() - began_s, 1),
+        engine=plan.engine, clients=plan.clients, power_cuts=plan.power_cuts, wall_s=round(time.monotonic() - began_s, 1),
     )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ async def _disturb(
     say(f"{len(shapes)} shapes are answered undisturbed")
     journal = Journal(fleet)
     visitor = Visitor(fleet, journal, random.Random(f"{plan.seed} windows"))
-    weather = Weather(fleet, journal, random.Random(f"{plan.seed} weather"))
+    weather = Weather(fleet, journal, random.Random(f"{plan.seed} weather"), power_cuts=plan.power_cuts)
     load = Load(fleet, journal, shapes, client, plan.seed)
     async with asyncio.TaskGroup() as group:
         group.create_task(load.run(plan.clients))

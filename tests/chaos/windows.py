@@ -9,15 +9,19 @@ not own the request any more.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+import httpx
+
 from pipeline.waiting import wait_at_most
 from tests.chaos.fleet import LEASE_S, Fleet, Member
 from tests.chaos.journal import Journal
 from tests.proxy import Side, Trap, Wants, script_shas
+from tests.system import POOL
 
 VISIT_S = 6.0  # a window that nobody came by in this time is tried again later
 PROVOKE_AFTER_S = 0.3
@@ -63,6 +67,7 @@ class Step:
     side: Side
     act: str
     wants: Wants | None = None
+    provokes: str = ""  # of `PROVOKERS`, where it is not the script's own
 
     @property
     def name(self) -> str:
@@ -100,8 +105,8 @@ STEPS = (
     Step("API has admitted", "api", "admit", "reply", KILL),
     Step("API reads a log", "api", "attach", "before", KILL),
     Step("API has read a log", "api", "attach", "reply", KILL),
-    Step("API cancels", "api", "end", "before", KILL, _is_from_outside),
-    Step("API has cancelled", "api", "end", "reply", KILL, _is_from_outside),
+    Step("API cancels", "api", "end", "before", KILL, _is_from_outside, "cancel"),
+    Step("API has cancelled", "api", "end", "reply", KILL, _is_from_outside, "cancel"),
 )
 
 
@@ -110,7 +115,8 @@ def cuts() -> list[Cut]:
     return [Cut(script, side) for script in sorted(script_shas().values()) for side in ("before", "reply")]
 
 
-# What makes somebody call a script that is rarely called. A script that is not here is called often enough by itself.
+# What makes somebody call a script that is rarely called, by its name (or that of a step's `provokes`). A script that is not here is
+# called often enough by itself.
 Provoke = Callable[[Fleet], Awaitable[None]]
 
 
@@ -139,12 +145,23 @@ async def _hold_up_decode(fleet: Fleet) -> None:
     await asyncio.gather(*(fleet.freeze(member, "both", LEASE_S / 2) for member in members))
 
 
+async def _leave_early(fleet: Fleet) -> None:
+    """Clients that leave: their requests are cancelled."""
+    body = {"model": POOL, "prompt": [7] * 30, "max_tokens": 200, "stream": True}
+    async with httpx.AsyncClient(trust_env=False, timeout=VISIT_S) as http:
+        for member in fleet.of("api"):
+            with contextlib.suppress(httpx.HTTPError):
+                async with http.stream("POST", f"{member.url}/v1/completions", json=body) as answer:
+                    await anext(answer.aiter_bytes())
+
+
 PROVOKERS: dict[str, Provoke] = {
     "attach": _cut_subscriptions,
     "leave": _drain_a_worker,
     "handback": _drain_a_decode_worker,
     "evict": _kill_a_worker_and_say_so,
     "wanted": _hold_up_decode,
+    "cancel": _leave_early,
 }
 
 
@@ -197,7 +214,7 @@ class Visitor:
         process = member.process
         trap = member.proxy.arm(Trap(window.script, window.side, holds=True, wants=window.wants))
         try:
-            is_hit = await self._is_hit(trap, window.script)
+            is_hit = await self._is_hit(trap, window.provokes or window.script)
             if is_hit and member.is_whole and member.process is process:  # no other fault was quicker
                 self.hits[window.name] += 1
                 await self._journal.touch(member)
@@ -208,11 +225,11 @@ class Visitor:
             if not trap.hit.is_set():
                 member.proxy.disarm(trap)
 
-    async def _is_hit(self, trap: Trap, script: str) -> bool:
+    async def _is_hit(self, trap: Trap, provoker: str) -> bool:
         """Wait for the call; where it is a rare one, make somebody call."""
         await wait_at_most(trap.hit, PROVOKE_AFTER_S)
-        if not trap.hit.is_set() and script in PROVOKERS:
-            await PROVOKERS[script](self._fleet)
+        if not trap.hit.is_set() and provoker in PROVOKERS:
+            await PROVOKERS[provoker](self._fleet)
         await wait_at_most(trap.hit, VISIT_S)
         return trap.hit.is_set()
 
