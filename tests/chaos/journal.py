@@ -13,7 +13,7 @@ from tests.chaos.shapes import Shape
 # how a request ended for its client
 DONE = "done"
 LEFT = "client left"  # cancelled by us
-REFUSED = "refused"  # before it was accepted: 503
+REFUSED = "refused"  # before it was accepted
 DIED = "API died"  # the connection, with the API behind it
 FAILED = "failed"
 HUNG = "hung"

@@ -102,7 +102,8 @@ class Load:
         draw = rng.random()
         how = "whole" if draw < IS_WHOLE else "slow" if draw < IS_WHOLE + IS_SLOW else "stream"
         leaves_after = rng.randrange(1, 20) if rng.random() < LEAVES else 0
-        api = rng.choice(self._fleet.of("api"))
+        apis = self._fleet.of("api")
+        api = rng.choice([member for member in apis if member.is_whole] or apis)  # as a load balancer does
         record = self._journal.begin(rng.choice(self._http), how, api)
         try:
             async with asyncio.timeout(HUNG_S):
@@ -112,9 +113,11 @@ class Load:
             outcome, reason = HUNG, f"no end within {HUNG_S:g} s"
         except httpx.TransportError as error:
             was_harmed = api.harmed_s > record.began_s - DEATH_NOTICED_S or not api.is_whole
-            outcome, reason = (DIED if was_harmed else FAILED), f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
+            early = REFUSED if isinstance(error, httpx.ConnectError) else DIED  # nobody heard what was asked
+            outcome = early if was_harmed else FAILED
         self._journal.end(record, outcome, reason)
-        if outcome == DIED:
+        if outcome in (DIED, REFUSED):
             await asyncio.sleep(0.2)  # as a client that knows how to retry
 
     async def _read_whole(self, record: Record, http: httpx.AsyncClient, leaves_after: int) -> tuple[str, str]:

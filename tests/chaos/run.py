@@ -1,7 +1,7 @@
 """One run, from an empty Redis to the report.
 
 1. A fleet starts, and every shape of request is answered once undisturbed.
-2. Under load, three tasks do harm: one visits every script from both sides, one every step of a request's life, one is weather.
+2. Under load, tasks do harm: one visits every script from both sides, one a role every step of a request's life, one is weather.
 3. It goes on for the time that was asked for, and until every window was hit.
 4. Harm ends, then the load; everything comes to rest.
 5. The invariants are checked, the fleet leaves in good order, and what it leaves behind is looked at.
@@ -22,7 +22,7 @@ from pathlib import Path
 from pipeline.client import PoolClient
 from tests.chaos import invariants
 from tests.chaos.faults import Weather
-from tests.chaos.fleet import Fleet
+from tests.chaos.fleet import PLACES, Fleet
 from tests.chaos.invariants import Findings
 from tests.chaos.journal import Journal
 from tests.chaos.load import Load
@@ -30,7 +30,7 @@ from tests.chaos.report import Report, make_report
 from tests.chaos.shapes import answer_undisturbed, catalogue
 from tests.chaos.windows import Visitor
 
-LONGEST_FACTOR, LONGEST_EXTRA_S = 1.5, 60.0  # windows that were not hit by then will not be
+LONGEST_FACTOR, LONGEST_EXTRA_S = 1.5, 120.0  # windows that were not hit by then will not be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,8 @@ async def _do_harm(visitor: Visitor, weather: Weather, plan: Plan) -> None:
     pause_s = min(1.0, plan.seconds / 120)
     async with asyncio.TaskGroup() as group:
         group.create_task(visitor.visit_cuts(pause_s))
-        group.create_task(visitor.visit_steps(pause_s))
+        for role, _ in PLACES:
+            group.create_task(visitor.visit_steps(role, pause_s))
         group.create_task(weather.run(2.0))
 
 

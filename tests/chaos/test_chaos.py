@@ -19,7 +19,7 @@ def run(*arguments: str) -> None:
     assert result.returncode == 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_nothing_is_lost_while_every_window_is_hit_once() -> None:
     run("--seconds", "10", "--seed", "1")
 

@@ -187,12 +187,17 @@ class Visitor:
             await self._visit_cut(self._next(cuts()))
             await asyncio.sleep(self._rng.uniform(0, 2 * pause_s))
 
-    async def visit_steps(self, pause_s: float) -> None:
-        """Until cancelled; what goes on behind a visit (a frozen member) ends before this returns."""
+    async def visit_steps(self, role: str, pause_s: float) -> None:
+        """Those where members of a role are caught, until cancelled; what goes on behind a visit ends before this returns."""
+        steps = [step for step in STEPS if step.role == role]
         async with asyncio.TaskGroup() as aftermath:
             while True:
-                await self._visit_step(self._next(STEPS), aftermath)
-                await asyncio.sleep(self._rng.uniform(0, 2 * pause_s))
+                if self._round(steps) <= self._round(STEPS):  # no role is a round ahead of the others
+                    await self._visit_step(self._next(steps), aftermath)
+                await asyncio.sleep(self._rng.uniform(0.1, 0.1 + 2 * pause_s))
+
+    def _round(self, windows: Sequence[Step]) -> int:
+        return min(self.hits[window.name] for window in windows)
 
     def _next(self, windows: Sequence[W]) -> W:
         return min(windows, key=lambda window: (self.hits[window.name], self._visits[window.name], self._rng.random()))
