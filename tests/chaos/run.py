@@ -125,7 +125,7 @@ async def _until_enough(harm: asyncio.Task[None], visitor: Visitor, plan: Plan, 
             return
         if now_s - said_s > 10:
             said_s = now_s
-            few = ": " + "; ".join(visitor.missing) if len(visitor.missing) < 4 else ""
+            few = ": " + "; ".join(visitor.missing) if 0 < len(visitor.missing) < 4 else ""
             say(f"{now_s - began_s:.0f} s: {len(visitor.missing)} windows to hit{few}")
         await asyncio.sleep(0.1)
     await harm
