@@ -1,10 +1,16 @@
 # Two commands are enough: `make up` and `make test`. The rest is listed by `make help`.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help up test test-all check lint types imports bench lock clean
+.PHONY: help up test test-all chaos check lint types imports bench lock clean
 MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+
+# make chaos
+SECONDS ?= 60
+SEED ?= 1
+ENGINE ?= mock
+CLIENTS ?= 12
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +23,9 @@ test: $(INSTALLED) check ## lint, types, import rules and all tests but the slow
 
 test-all: $(INSTALLED) check ## the same with the slow tests
 	@$(BIN)/python -m pytest -m "not gpu"
+
+chaos: $(INSTALLED) ## faults under load: make chaos SECONDS=600 SEED=1 ENGINE=mock (or torch) CLIENTS=12
+	@$(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED) --engine $(ENGINE) --clients $(CLIENTS)
 
 check: lint types imports ## lint, types and import rules
 

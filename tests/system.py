@@ -158,16 +158,22 @@ class System:
         for key in await command("KEYS", self.keys.root + "q:*"):
             if (length := await command("XLEN", key)) != 0:
                 left[key.decode()] = length
-        for key in await command("KEYS", self.keys.root + "req:*"):
-            state, handle = await command("HMGET", key, "state", "handle_id")
-            if state in (b"queued", b"running") or handle is not None or await command("TTL", key) < 0:
-                left[key.decode()] = (state, handle, await command("TTL", key))
+        for request_key, (state, handle), life_s in await self._request_keys():
+            if state in (b"queued", b"running") or handle is not None or life_s < 0:
+                left[request_key] = (state, handle, life_s)
         if deadlines := await command("ZCARD", self.keys.deadlines()):
             left["deadlines"] = deadlines
         counters = await command("HGETALL", self.keys.counters())
         pairs = zip(counters[0::2], counters[1::2], strict=True) if isinstance(counters, list) else counters.items()
         left.update({k.decode(): int(v) for k, v in pairs if k.startswith((b"waiting", b"tokens")) and int(v)})
         return left
+
+    async def _request_keys(self) -> list[tuple[str, list[bytes | None], int]]:
+        """Each stored request: its key, state and handle, and the seconds that it will be kept."""
+        keys = [key.decode() for key in await self.connection.command("KEYS", self.keys.root + "req:*")]
+        rows = [row for key in keys for row in (("HMGET", key, "state", "handle_id"), ("TTL", key))]
+        answers = await self.connection.commands(*rows) if rows else []
+        return list(zip(keys, answers[0::2], answers[1::2], strict=True))
 
 
 def request(

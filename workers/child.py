@@ -96,8 +96,8 @@ class ChildEngine:
         call = next(self._numbers)
         future: asyncio.Future[m.PrefillAnswer | m.DecodeAnswer] = asyncio.get_running_loop().create_future()
         self._calls[call] = future
-        self._send(message(call))  # type: ignore[operator]
         try:
+            self._send(message(call))  # type: ignore[operator]
             return await future  # ends with the answer or the child; a hung child is the worker's stall check
         except asyncio.CancelledError:
             with contextlib.suppress(EngineDied):

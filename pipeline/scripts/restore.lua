@@ -31,6 +31,7 @@ for choice = 0, tonumber(r.n) - 1 do
 end
 count('restored', 1)
 if not h[1] then
+  count('admitted', 1) -- that it was counted is lost, too
   store(r, epoch)
   if r.idem ~= '' then redis.call('SET', key_idem(r.idem), r.id) end
 else

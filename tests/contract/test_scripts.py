@@ -26,7 +26,7 @@ from pipeline.protocol import (
     StopConditions,
 )
 from pipeline.queue import Admission, Delivery, LaneLook, Limits, PoolQueue, StepItem
-from tests.proxy import LossyProxy
+from tests.proxy import RedisProxy, Trap
 
 POOL, ID, API = "p", "p-request", "api-1"
 PREFILLER, DECODER, OTHER = "prefill-1", "decode-1", "decode-2"
@@ -306,7 +306,7 @@ async def test_a_repeated_call_gives_the_first_answer(
 ) -> None:
     call = SCRIPTS[script]
     socket = redis_url.removeprefix("unix://")
-    async with LossyProxy(socket, short_dir) as proxy:
+    async with RedisProxy(socket, short_dir) as proxy:
         direct, lossy = Connection(RedisSettings(url=redis_url)), Connection(RedisSettings(url=proxy.url))
         try:
             row = {state: await check(call, state, direct, lossy, proxy) for state in PATHS}
@@ -318,7 +318,7 @@ async def test_a_repeated_call_gives_the_first_answer(
 
 
 async def check(
-    call: Callable[[Story], Awaitable[str]], state: str, direct: Connection, lossy: Connection, proxy: LossyProxy
+    call: Callable[[Story], Awaitable[str]], state: str, direct: Connection, lossy: Connection, proxy: RedisProxy
 ) -> str:
     await direct.command("FLUSHALL")
     once = Story(direct)
@@ -333,13 +333,12 @@ async def check(
     again = Story(direct)
     await reach(again, state)
     again.queue = PoolQueue(lossy, POOL)
-    lost_before = proxy.lost
-    proxy.lose_next_reply(b"EVALSHA")
+    lost = proxy.arm(Trap(None, "reply"))
     late = await call(again)
     assert late == first or call in (_swept, _evicted), (
         f"{state}: with its reply lost it answers {late!r}, not {first!r}"
     )
-    assert proxy.lost == lost_before + 1, "no reply was lost"
+    assert lost.hit.is_set(), "no reply was lost"
     assert await holds(direct) == after_once, f"{state}: with its reply lost it left something else"
     return first
 

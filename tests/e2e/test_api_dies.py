@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
 from pipeline.redis_server import RedisServer
-from tests.proxy import LossyProxy
+from tests.proxy import RedisProxy, Trap
 from tests.serving import STREAM, serving
 from tests.system import System, collect, request
 
@@ -50,20 +50,20 @@ async def test_requests_that_must_not_depend_on_their_client_go_on(default_redis
 async def test_a_submit_that_is_given_up_leaves_no_request(default_redis_url: str, short_dir: Path) -> None:
     """The client leaves while its request is on the way to Redis."""
     async with (
-        LossyProxy(default_redis_url.removeprefix("unix://"), short_dir) as proxy,
+        RedisProxy(default_redis_url.removeprefix("unix://"), short_dir) as proxy,
         System(default_redis_url) as system,
     ):
         behind = Connection(RedisSettings(url=proxy.url))
         async with system.client("other") as other, system.client(connection=behind) as client:
             await (await other.submit(request(5))).cancel()  # the script is loaded
             item = request(6)
-            proxy.hold_next(item.id.encode())
+            trap = proxy.arm(Trap("admit", "before", holds=True))
             submitting = asyncio.create_task(client.submit(item))
-            await proxy.holds.wait()
+            await trap.hit.wait()
             submitting.cancel()
             await asyncio.wait([submitting])
             assert submitting.cancelled()
-            proxy.let_go()
+            trap.release()
             await system.until(lambda: admitted(system, 2), 10)
             await system.until(system.rests, 10)
         await behind.close()

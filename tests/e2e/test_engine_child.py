@@ -113,6 +113,20 @@ async def test_an_answer_that_crosses_its_cancellation_is_released(tmp_path: Pat
         assert engine.stats().handles_exported == 0
 
 
+async def test_a_call_that_a_dead_engine_did_not_get_is_not_work_of_the_next_one(tmp_path: Path) -> None:
+    async with child(tmp_path) as engine:
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineDied):
+            async with asyncio.timeout(10):
+                await anext(engine.steps())
+        with pytest.raises(EngineDied):
+            await engine.prefill(request("r"), Log.empty(1))
+        await engine.close()
+        await engine.start()
+        await settled(engine)
+        assert not engine.is_busy()  # else it is stopped as stalled while it only waits for Redis
+
+
 async def test_bytes_that_are_no_message_end_the_engine_instead_of_deafening_it(tmp_path: Path) -> None:
     async with child(tmp_path) as engine:
         take = engine._take

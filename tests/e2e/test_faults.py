@@ -11,7 +11,7 @@ from pipeline.config import RedisSettings
 from pipeline.connection import Connection
 from pipeline.queue import Admission, LaneLook, Limits, PoolQueue, Verdict
 from pipeline.redis_server import RedisServer
-from tests.proxy import LossyProxy
+from tests.proxy import RedisProxy, Trap
 from tests.system import POOL, System, collect, request
 
 LIMITS = Limits(max_waiting_tasks=9, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)
@@ -47,21 +47,21 @@ async def test_blocks_are_freed_when_a_cancellation_overtakes_the_handover(
     default_redis_url: str, short_dir: Path
 ) -> None:
     async with (
-        LossyProxy(default_redis_url.removeprefix("unix://"), short_dir) as proxy,
+        RedisProxy(default_redis_url.removeprefix("unix://"), short_dir) as proxy,
         System(default_redis_url, "worker.lease_s=1") as system,
     ):
         system.overrides.append(f"redis.url={proxy.url}")  # of the worker only
         await system.worker("prefill")
         async with system.client() as client:
-            proxy.hold_next(b"kv_handle.v1")  # only a handover carries it
+            handover = proxy.arm(Trap("handover", "before", holds=True))
             stream = await client.submit(request(50))
             async with asyncio.timeout(10):
-                await proxy.holds.wait()
+                await handover.hit.wait()
             await system.until(lambda: figure_is(system, "prefill", "handles_exported", 1), 10)
             await stream.cancel("test")
             assert (await collect(stream))[1].state == "cancelled"
             await asyncio.sleep(0.2)
-            proxy.let_go()
+            handover.release()
             await system.until(lambda: figure_is(system, "prefill", "handles_exported", 0), 10)
 
 
