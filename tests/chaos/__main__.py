@@ -22,11 +22,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--engine", choices=sorted(ENGINES), default="mock")
     parser.add_argument("--clients", type=int, default=12, help="requests in flight")
-    parser.add_argument("--power-cuts", action="store_true", help="Redis may also lose its last second")
+    parser.add_argument("--no-power-cuts", action="store_true", help="Redis never loses its last second")
     parser.add_argument("--out", type=Path, help="write the report as JSON to this file")
     arguments = parser.parse_args()
     configure(LogSettings(level="error"), "chaos")
-    plan = Plan(arguments.seconds, arguments.seed, arguments.engine, arguments.clients, arguments.power_cuts)
+    plan = Plan(arguments.seconds, arguments.seed, arguments.engine, arguments.clients, not arguments.no_power_cuts)
     began_s = time.monotonic()
     report, logs = asyncio.run(
         run(plan, lambda text: print(f"[{time.monotonic() - began_s:6.1f}] {text}", file=sys.stderr, flush=True))

@@ -25,7 +25,7 @@ class Record:
     """One request of one client."""
 
     shape: Shape
-    how: str  # direct, stream, whole, slow
+    how: str  # direct, stream, whole, slow, resumed
     api: Member | None
     began_s: float
     id: str = ""  # empty until an answer has named it

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import random
 from collections.abc import AsyncIterator
@@ -22,9 +23,22 @@ from tests.chaos.journal import DIED, DONE, FAILED, HUNG, LEFT, REFUSED, Journal
 from tests.chaos.shapes import Shape, request_id_of
 
 HUNG_S = 90.0  # a client that waits longer than this for the end of its answer
-LEAVES, IS_SLOW, IS_WHOLE = 0.15, 0.15, 0.3  # shares of requests
+LEAVES = 0.15  # of all requests
+SHARES = {
+    "whole": 0.25,
+    "slow": 0.4,
+    "resumed": 0.7,
+}  # of those over HTTP, one above the other; the rest are plain streams
 DEATH_NOTICED_S = 2.0  # a connection that ends this long after its API was harmed ended because of that
 GOODBYE = "the client of the chaos suite leaves"
+
+
+@dataclasses.dataclass
+class Reading:
+    """How far a client has come in a stream."""
+
+    texts: list[str]
+    last_id: str = ""
 
 
 class Load:
@@ -100,14 +114,14 @@ class Load:
 
     async def _ask_over_http(self, rng: random.Random, http: httpx.AsyncClient) -> None:
         draw = rng.random()
-        how = "whole" if draw < IS_WHOLE else "slow" if draw < IS_WHOLE + IS_SLOW else "stream"
+        how = next((how for how, share in SHARES.items() if draw < share), "stream")
         leaves_after = rng.randrange(1, 20) if rng.random() < LEAVES else 0
         apis = self._fleet.of("api")
         api = rng.choice([member for member in apis if member.is_whole] or apis)  # as a load balancer does
         record = self._journal.begin(rng.choice(self._http), how, api)
         try:
             async with asyncio.timeout(HUNG_S):
-                read = self._read_whole if how == "whole" else self._read_stream
+                read = {"whole": self._read_whole, "resumed": self._read_resumed}.get(how, self._read_stream)
                 outcome, reason = await read(record, http, leaves_after)
         except TimeoutError:
             outcome, reason = HUNG, f"no end within {HUNG_S:g} s"
@@ -141,13 +155,57 @@ class Load:
 
     async def _read_stream(self, record: Record, http: httpx.AsyncClient, leaves_after: int) -> tuple[str, str]:
         assert record.api is not None
-        shape = record.shape
-        texts = [""] * shape.n
+        asked = http.stream("POST", record.api.url + record.shape.path, json=record.shape.body(stream=True))
+        return await self._read_events(record, asked, leaves_after, Reading([""] * record.shape.n))
+
+    async def _read_resumed(self, record: Record, http: httpx.AsyncClient, leaves_after: int) -> tuple[str, str]:
+        """A client that goes on at any API where its connection ended; one that leaves says so."""
+        assert record.api is not None
+        body, headers = record.shape.body(stream=True), {"X-Baton-Resumable": "true"}
+        reading = Reading([""] * record.shape.n)
+        asked = http.stream("POST", record.api.url + record.shape.path, json=body, headers=headers)
+        while True:
+            try:
+                outcome, reason = await self._read_events(record, asked, leaves_after, reading)
+            except httpx.TransportError:
+                if not record.id:
+                    raise  # nobody told what it is called
+            else:
+                if outcome == LEFT:
+                    await self._say_goodbye(record, http)
+                lags = (
+                    "ahead of the log" in reason and self._fleet.redis.power_cuts_s
+                )  # what was lost is computed again
+                if outcome != REFUSED and not lags:
+                    return outcome, reason
+            await asyncio.sleep(0.2)
+            api = next((member for member in self._fleet.of("api") if member.is_whole), record.api)
+            headers = {"Last-Event-ID": reading.last_id} if reading.last_id else {}
+            asked = http.stream("GET", f"{api.url}/v1/streams/{record.id}", headers=headers)
+
+    async def _say_goodbye(self, record: Record, http: httpx.AsyncClient) -> None:
+        while True:
+            for member in self._fleet.of("api"):
+                with contextlib.suppress(httpx.TransportError):
+                    answer = await http.post(f"{member.url}/v1/requests/{record.id}/cancel")
+                    if answer.status_code == httpx.codes.OK:
+                        return
+            await asyncio.sleep(0.2)
+
+    async def _read_events(
+        self,
+        record: Record,
+        asked: contextlib.AbstractAsyncContextManager[httpx.Response],
+        leaves_after: int,
+        reading: Reading,
+    ) -> tuple[str, str]:
+        shape, texts = record.shape, reading.texts
         events = 0
-        async with http.stream("POST", record.api.url + shape.path, json=shape.body(stream=True)) as answer:
+        async with asked as answer:
             if answer.status_code != httpx.codes.OK:
                 return refusal(answer.status_code, json.loads(await answer.aread())["error"])
-            async for event in events_of(answer):
+            async for event_id, event in events_of(answer):
+                reading.last_id = event_id or reading.last_id
                 if event is None:
                     compare(record, texts, shape.texts, is_whole=True)
                     return DONE, ""
@@ -179,12 +237,15 @@ def refusal(status: int, error: dict[str, Any]) -> tuple[str, str]:
     return (REFUSED if is_early else FAILED), f"{status or 'event'} {error['code']}: {error['message']}"
 
 
-async def events_of(answer: httpx.Response) -> AsyncIterator[dict[str, Any] | None]:
-    """The events of a stream as they come; None is `[DONE]`."""
+async def events_of(answer: httpx.Response) -> AsyncIterator[tuple[str, dict[str, Any] | None]]:
+    """The events of a stream as they come, with their ids where they have some; None is `[DONE]`."""
+    event_id = ""
     async for line in answer.aiter_lines():
-        if line.startswith("data: "):
+        if line.startswith("id: "):
+            event_id = line.removeprefix("id: ")
+        elif line.startswith("data: "):
             data = line.removeprefix("data: ")
-            yield None if data == "[DONE]" else json.loads(data)
+            yield event_id, None if data == "[DONE]" else json.loads(data)
 
 
 def compare(record: Record, seen: list[Any], expected: list[Any], *, is_whole: bool) -> None:

@@ -46,7 +46,7 @@ class Report:
         """The command that runs it again."""
         return (
             f"python -m tests.chaos --seconds {self.seconds:g} --seed {self.seed} --engine {self.engine} "
-            f"--clients {self.clients}{' --power-cuts' if self.power_cuts else ''}"
+            f"--clients {self.clients}{'' if self.power_cuts else ' --no-power-cuts'}"
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Plan:
     seed: int = 1
     engine: str = "mock"
     clients: int = 12
-    power_cuts: bool = False
+    power_cuts: bool = True
 
     @property
     def longest_s(self) -> float:
