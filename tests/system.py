@@ -68,25 +68,32 @@ class System:
 
     # -- processes ------------------------------------------------------------------------------------------------------
 
-    def spawn(self, module: str, *arguments: str, code: Path | None = None) -> subprocess.Popen[bytes]:
-        """Start `python -m module`, of another version where `code` is a checkout of it; it dies with this process."""
+    def spawn(
+        self, module: str, *arguments: str, code: Path | None = None, path: Path | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start `python -m module`, of another version where `code` is a checkout of it; it dies with this process.
+
+        `path`: a folder that Python looks into first.
+        """
         sets = [part for override in self.overrides for part in ("--set", override)]
         command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *sets, *arguments]
         name = "-".join([module, *(part for part in arguments if not part.startswith("-") and "=" not in part)])
         path = self._log_dir / f"{name}-{len(self.processes)}.log" if self._log_dir else Path(os.devnull)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        if code is not None:
-            environment["PYTHONPATH"] = str(code)
+        if (first := code or path) is not None:
+            environment["PYTHONPATH"] = str(first)
         with path.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=code)
         self.processes.append(process)
         return process
 
-    async def worker(self, stage: str, *overrides: str, code: Path | None = None) -> subprocess.Popen[bytes]:
+    async def worker(
+        self, stage: str, *overrides: str, code: Path | None = None, path: Path | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start one worker and wait until it is registered."""
         before = set(await self.alive(stage))
         sets = [part for override in overrides for part in ("--set", override)]
-        process = self.spawn("workers", stage, *sets, code=code)
+        process = self.spawn("workers", stage, *sets, code=code, path=path)
         await self.until(lambda: self._joined(stage, before, process))
         return process
 

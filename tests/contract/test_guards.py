@@ -381,3 +381,23 @@ async def test_more_parked_tasks_than_one_claim_looks_at_hold_nobody_up(pool: Po
 
 def request_named(request_id: str) -> Request:
     return msgspec.structs.replace(request(3), id=request_id)
+
+
+async def test_ten_thousand_tasks_wait_behind_one_that_runs_for_an_hour(pool: Pool) -> None:
+    pinned = await pool.claimed("decode")
+    many = Limits(max_waiting_tasks=20_000, max_waiting_tokens=10**9, deadline_s=7200, result_ttl_s=60)
+    waiting = [Admission(request(3), "decode", "default", 2, API) for _ in range(10_000)]
+    for start in range(0, len(waiting), 500):
+        await asyncio.gather(*(pool.queue.admit(one, many) for one in waiting[start : start + 500]))
+    for _ in range(3):
+        await pool.age(pinned, "w")
+        await pool.queue.renew("decode", "w", b"", 30, [(pinned.id, pinned.epoch)])
+        assert not any((await pool.sweep()).values())
+        first = await pool.claim("decode", "other")
+        assert first is not None
+        assert first.id != pinned.id
+    await pool.age(pinned, "w")
+    assert (await pool.sweep())["parked"] == 1
+    again = await pool.claim("decode", "other")
+    assert again is not None
+    assert again.id == pinned.id  # ahead of all that came later

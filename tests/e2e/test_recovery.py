@@ -149,3 +149,45 @@ async def test_a_worker_leaves_also_when_redis_is_gone(short_dir: Path, tmp_path
                     pass
     finally:
         server.stop()
+
+
+async def test_blocks_are_kept_for_as_long_as_their_request_waits(default_redis_url: str, tmp_path: Path) -> None:
+    """Several leases long nobody decodes: the owner asks each quarter lease whether its handles are still wanted, and they are."""
+    async with System(default_redis_url, "worker.lease_s=0.8", log_dir=tmp_path) as system, system.client() as client:
+        await system.worker("prefill")
+        item = request(100, n=2, max_tokens=20)
+        reading = asyncio.create_task(collect(await client.submit(item), 2))
+        await system.until(lambda: state_is(system, item.id, "decode", "queued"), 20)
+        await asyncio.sleep(3)
+        await system.worker("decode")
+        _, ended = await reading
+        assert ended.state == "done"
+        counters = (await client.snapshot()).counters
+        assert [name for name in counters if name.startswith("kv_recomputed")] == []
+        await system.until(system.rests, 10)
+
+
+SKEWED = """
+import time
+_now = time.time
+time.time = lambda: _now() + {offset_s}
+"""
+
+
+async def test_clocks_of_hosts_may_differ(default_redis_url: str, tmp_path: Path) -> None:
+    """Leases, deadlines and delays are told by the clock of Redis alone: workers whose clocks are hours apart serve all the same."""
+    async with System(default_redis_url, *SETTINGS, log_dir=tmp_path) as system, system.client() as client:
+        for stage, offset_s in (("prefill", 7200), ("decode", -7200)):
+            (tmp_path / stage).mkdir()
+            (tmp_path / stage / "sitecustomize.py").write_text(SKEWED.format(offset_s=offset_s))
+            await system.worker(stage, path=tmp_path / stage)
+        items = [request(100, n=2, max_tokens=60) for _ in range(3)]
+        answers = await asyncio.gather(*[collect(await client.submit(item, deadline_s=30), 2) for item in items])
+        assert {ended.state for _, ended in answers} == {"done"}
+        for item in items:
+            assert (
+                await system.connection.command("HGET", system.keys.request(item.id), "epoch") == b"2"
+            )  # a claim a stage
+        _, late = await collect(await client.submit(request(100, max_tokens=20_000), deadline_s=1.5))
+        assert late.state == "expired"
+        await system.until(system.rests, 10)
