@@ -16,6 +16,9 @@ IDEMPOTENCY_KEY = "Idempotency-Key"
 
 LONGEST_LINGER_S = 3600.0
 LONGEST_KEY = 255
+KEYED_LINGER_S = (
+    2.0  # a client that sends again under its key may be quicker than the news that its first connection is gone
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,14 +34,15 @@ class Treatment:
 
 def treatment(headers: Headers) -> Treatment:
     """What the headers ask for. Raises InvalidRequest."""
-    resumable, linger_s = _flag(headers, RESUMABLE), _seconds(headers, LINGER, most=LONGEST_LINGER_S)
+    resumable, key = _flag(headers, RESUMABLE), _key(headers)
+    linger_s = _seconds(headers, LINGER, most=LONGEST_LINGER_S)
     if linger_s is None and not resumable:
-        linger_s = 0.0
+        linger_s = KEYED_LINGER_S if key else 0.0
     return Treatment(
         resumable=resumable,
         linger_s=linger_s,
         timeout_s=_timeout_s(headers),
-        idempotency_key=_key(headers),
+        idempotency_key=key,
     )
 
 

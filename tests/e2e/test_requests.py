@@ -355,3 +355,16 @@ async def test_a_timeout_is_at_most_the_setting(server: RedisServer, tmp_path: P
         for bad in ("0", "-1", "soon"):
             refused = await http.post(CHAT, json=stream(), headers={"X-Request-Timeout": bad})
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, "X-Request-Timeout")
+
+
+async def test_a_client_that_lost_its_connection_sends_again_under_its_key(server: RedisServer, tmp_path: Path) -> None:
+    async with serving(server, tmp_path, "engine.mock.decode_base_ms=15") as served, served.http() as http:
+        headers, body = {"Idempotency-Key": "once"}, stream(max_tokens=60)
+        async with http.stream("POST", CHAT, json=body, headers=headers) as response:
+            await anext(response.aiter_bytes())
+        again = await http.post(CHAT, json=body, headers=headers)
+        assert again.headers["x-baton-request-id"] == response.headers["x-baton-request-id"]
+        assert again.content.endswith(b"data: [DONE]\n\n")
+        assert b'"error"' not in again.content
+        assert await served.system.counter("admitted") == 1
+        await served.system.until(served.rests, 20)
