@@ -172,9 +172,11 @@ class RequestStream:
             if self._buffer:
                 chunks, self._buffer = self._buffer, []
                 yield chunks
+            elif self._behind:
+                continue  # Redis did not answer: what was missed is still to be read, also when the end came meanwhile
             elif self.ended is not None:
                 return
-            elif not self._behind:
+            else:
                 await self._wait()
 
     async def _wait(self) -> None:
