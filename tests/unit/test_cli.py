@@ -73,6 +73,9 @@ def test_config_hides_passwords():
     for command in ("show", "env"):
         output = run("config", command, "--set", "redis.url=redis://me:secret@host:6379/0").stdout
         assert "redis://me:***@host:6379/0" in output
+        url = "redis+sentinel://me:secret@one,two/mymaster?sentinel_password=hidden"
+        output = run("config", command, "--set", f"redis.url={url}").stdout
+        assert "redis+sentinel://me:***@one,two/mymaster?sentinel_password=***" in output
         assert "secret" not in output
 
 
