@@ -128,6 +128,15 @@ class Connection:
             await self._note(error)
             raise RedisUnavailable(f"no answer from Redis to {args[0]!s}: {_why(error)}") from error
 
+    async def told(self, *args: Arg) -> Any:
+        """As `command` for what a server may refuse to tell (managed ones lack CONFIG): None then."""
+        try:
+            return await self._execute(*args)
+        except exceptions.ResponseError:
+            return None
+        except _LOST as error:
+            raise RedisUnavailable(f"no answer from Redis to {args[0]!s}: {_why(error)}") from error
+
     async def commands(self, *rows: Sequence[Arg]) -> list[Any]:
         """Several plain commands in one round trip, not atomic. Raises `RedisUnavailable`."""
         try:
