@@ -36,10 +36,10 @@ log = structlog.get_logger("baton.redis")
 _LOST = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError, OSError)
 
 # what a server says while it cannot write: full, a replica (fail-over), without disk, in a long script, in a cluster that moves,
-# or while somebody changes who may do what
+# or while somebody changes who may do what or flushes the scripts (again, between loading one and calling it)
 _PASSING = (
     exceptions.OutOfMemoryError, exceptions.ReadOnlyError, exceptions.ClusterDownError, exceptions.TryAgainError,
-    exceptions.NoPermissionError,
+    exceptions.NoPermissionError, exceptions.NoScriptError,
 )  # fmt: skip
 _PASSING_WORDS = (
     "OOM command not allowed",
