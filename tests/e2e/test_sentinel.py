@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
-from pipeline.protocol import Request
-from pipeline.stream import Ended, RequestStream
 from tests.sentinel import Guarded, guarded
-from tests.system import System, collect, request, take
+from tests.system import System, collect, request
 
 SETTINGS = ("worker.lease_s=5", "engine.mock.decode_base_ms=20", "api.silence_s=0.5", "redis.timeout_s=1")
 
@@ -26,20 +23,6 @@ async def system_of(group: Guarded, log_dir: Path) -> AsyncIterator[System]:
         await system.worker("prefill")
         await system.worker("decode")
         yield system
-
-
-async def read(stream: RequestStream, item: Request, pauses: list[float]) -> tuple[list[list[int]], Ended]:
-    """As `collect`; the longest pause between two arrivals joins `pauses`."""
-    tokens: list[list[int]] = [[] for _ in range(item.input.sampling_options.n)]
-    longest_s, last_s = 0.0, time.monotonic()
-    async with stream:
-        async for chunks in stream:
-            longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
-            for chunk in chunks:
-                take(tokens, chunk)
-    assert stream.ended is not None
-    pauses.append(longest_s)
-    return tokens, stream.ended
 
 
 async def test_streams_go_on_over_a_failover_that_loses_the_last_writes(tmp_path: Path) -> None:
@@ -54,15 +37,15 @@ async def test_streams_go_on_over_a_failover_that_loses_the_last_writes(tmp_path
             items = [request(100, max_tokens=150, **kind) for kind in kinds]
             unseeded = request(100, max_tokens=150, temperature=1.0)
             pauses: list[float] = []
-            reading = [
-                asyncio.create_task(read(await client.submit(item), item, pauses)) for item in (*items, unseeded)
-            ]
-            for item in (*items, unseeded):
+            everyone = [*items, unseeded]
+            streams = [(await client.submit(item), item.input.sampling_options.n) for item in everyone]
+            reading = [asyncio.create_task(collect(stream, n, pauses)) for stream, n in streams]
+            for item in everyone:
                 await system.until(lambda item=item: system.logged(item.id, 10), 20)
             group.cut_replication()
             logged = {item.id: await system.connection.command("STRLEN", system.keys.log(item.id, 0)) for item in items}
             late = request(100, max_tokens=150)  # admitted where nobody will find it
-            reading.append(asyncio.create_task(read(await client.submit(late), late, pauses)))
+            reading.append(asyncio.create_task(collect(await client.submit(late), 1, pauses)))
             for item in items:
                 await system.until(lambda item=item: system.logged(item.id, logged[item.id] // 4 + 10), 20)
             await system.until(lambda: system.logged(late.id, 5), 20)
@@ -86,7 +69,7 @@ async def test_a_master_that_hangs_is_left_for_the_new_one(tmp_path: Path) -> No
             expected, _ = await collect(await client.submit(request(100, max_tokens=150)))
             item = request(100, max_tokens=150)
             pauses: list[float] = []
-            reading = asyncio.create_task(read(await client.submit(item), item, pauses))
+            reading = asyncio.create_task(collect(await client.submit(item), item.input.sampling_options.n, pauses))
             await system.until(lambda: system.logged(item.id, 10), 20)
             group.servers[0].process.send_signal(signal.SIGSTOP)
             async with asyncio.timeout(60):
@@ -106,7 +89,7 @@ async def test_an_orderly_failover(tmp_path: Path) -> None:
             expected, _ = await collect(await client.submit(request(100, max_tokens=150)))
             item = request(100, max_tokens=150)
             pauses: list[float] = []
-            reading = asyncio.create_task(read(await client.submit(item), item, pauses))
+            reading = asyncio.create_task(collect(await client.submit(item), item.input.sampling_options.n, pauses))
             await system.until(lambda: system.logged(item.id, 10), 20)
             sentinel = Connection(RedisSettings(url=f"redis://127.0.0.1:{group.sentinel_ports[0]}"))
             await sentinel.command("SENTINEL", "FAILOVER", "mymaster")
@@ -120,7 +103,7 @@ async def test_an_orderly_failover(tmp_path: Path) -> None:
 
 
 async def test_a_subscription_moves_to_the_new_master(tmp_path: Path) -> None:
-    """Also when the old one lives on, cut off from the Sentinels, and still takes it for the master's."""
+    """Also when the old one hangs and keeps the line open."""
     with guarded() as group:
         connection = Connection(RedisSettings(url=group.url, timeout_s=1))
         async with System(group.url) as system:
