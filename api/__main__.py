@@ -31,6 +31,7 @@ from pipeline.connection import Connection
 from pipeline.errors import BatonError, ConfigError
 from pipeline.ids import new_process_name
 from pipeline.processes import die_with_parent
+from pipeline.redis_health import RedisWatch
 
 LAST_WORDS_S = 3.0  # after the grace: error events are written, requests cancelled
 KEEP_ALIVE_S = 75  # longer than load balancers keep idle connections, so that they close them, not we
@@ -70,7 +71,10 @@ async def serve(settings: Settings) -> None:
             pool: await stack.enter_async_context(open_pool(pool, settings, connection, name))
             for pool in settings.pools
         }
-        app = create_app(settings.api, pools, drain)
+        watch = RedisWatch(connection)
+        watching = asyncio.create_task(watch.run(), name="redis health")
+        stack.callback(watching.cancel)
+        app = create_app(settings.api, pools, drain, watch)
         log.info("serving", host=settings.api.host, port=listener.getsockname()[1], name=name, pools=list(pools))
         await Server(http_config(app, settings.api), drain).serve(sockets=[listener])
     log.info("left")

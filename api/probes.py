@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -52,7 +53,7 @@ def probe_routes(service: Service) -> APIRouter:
     async def health() -> Response:
         """Everything that is wrong; 503 when a request sent now could not be answered."""
         pools = {
-            name: pool_health(await pool.client.snapshot(), pool.client.redis_error)
+            name: pool_health(await pool.client.snapshot(), pool.client.redis_error, service.redis_problems())
             for name, pool in service.pools.items()
         }
         is_draining = service.drain.has_begun
@@ -72,8 +73,9 @@ def probe_routes(service: Service) -> APIRouter:
     return router
 
 
-def pool_health(snapshot: PoolSnapshot, redis_error: str | None) -> dict[str, Any]:
-    """One pool: unavailable without Redis or decode workers, degraded without prefill workers."""
+def pool_health(snapshot: PoolSnapshot, redis_error: str | None, redis_problems: Sequence[str]) -> dict[str, Any]:
+    """One pool: unavailable without Redis or decode workers, degraded without prefill workers or where something is wrong with
+    the Redis that answers."""
     workers = {role: len(snapshot.workers.get(role, {})) for role in ("prefill", "decode", "api")}
     problems = [f"Redis does not answer: {redis_error}"] if redis_error else []
     if not workers["decode"]:
@@ -81,6 +83,9 @@ def pool_health(snapshot: PoolSnapshot, redis_error: str | None) -> dict[str, An
     status = "unavailable" if problems else "ok"
     if not workers["prefill"]:
         problems.append("no prefill worker is alive: decode workers prefill")
+        status = "degraded" if status == "ok" else status
+    if redis_problems and not redis_error:
+        problems += redis_problems
         status = "degraded" if status == "ok" else status
     waiting = {stage: snapshot.waiting(stage) for stage in ("prefill", "decode")}
     return {"status": status, "problems": problems, "workers": workers, "waiting": waiting}

@@ -11,6 +11,7 @@ from pipeline.client import PoolClient
 from pipeline.config import ApiSettings
 from pipeline.errors import ModelNotFound
 from pipeline.preprocess import Preprocessor
+from pipeline.redis_health import RedisWatch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,6 +32,11 @@ class Service:
     pools: Mapping[str, ServedPool]
     drain: Drain
     metrics: Metrics
+    redis: RedisWatch | None = None  # None where nobody looks
+
+    def redis_problems(self) -> list[str]:
+        """What was wrong with Redis when it was last looked at."""
+        return self.redis.problems if self.redis is not None else []
 
     def pool(self, model: str) -> ServedPool:
         """The pool of a model id. Raises ModelNotFound."""

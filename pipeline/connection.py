@@ -2,32 +2,44 @@
 
 redis-py's own defaults (5 s socket time-out and ten silent retries) break blocking reads and repeat commands that are not
 safe to repeat; here the library never retries. Scripts are repeated, because each may be called twice.
+
+Behind Sentinels each new connection asks them who the master is. A server that answers READONLY may have been demoted: its
+connections are given up. A subscription looks at an interval whether its server still lives and is still the master.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from importlib import resources
 from typing import Any
 
 import redis.asyncio
+import structlog
 from redis import exceptions
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 
 from pipeline.config import RedisSettings
 from pipeline.errors import ConfigError, QueueFull, RedisUnavailable
 from pipeline.keys import lua_prelude
+from pipeline.sentinel_url import FORM as SENTINEL_FORM
+from pipeline.sentinel_url import SentinelUrl, is_sentinel_url, parse_sentinel_url
+
+log = structlog.get_logger("baton.redis")
 
 _LOST = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError, OSError)
 
-# what a server says while it cannot write: full, a replica (fail-over), without disk, in a long script, in a cluster that moves
+# what a server says while it cannot write: full, a replica (fail-over), without disk, in a long script, in a cluster that moves,
+# or while somebody changes who may do what or flushes the scripts (again, between loading one and calling it)
 _PASSING = (
-    exceptions.OutOfMemoryError, exceptions.ReadOnlyError, exceptions.ClusterDownError, exceptions.TryAgainError
+    exceptions.OutOfMemoryError, exceptions.ReadOnlyError, exceptions.ClusterDownError, exceptions.TryAgainError,
+    exceptions.NoPermissionError, exceptions.NoScriptError,
 )  # fmt: skip
 _PASSING_WORDS = (
     "OOM command not allowed",
@@ -38,6 +50,11 @@ _PASSING_WORDS = (
 )  # 6.2 wraps what a script was told
 
 MAX_CONNECTIONS = 32
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.02, 1.0  # between attempts
+CHECK_S = (
+    2.0  # a subscription that was silent for so long asks whether its server lives; behind Sentinels, who the master is
+)
+LOOK_UP_S = 1.0  # longest wait for one Sentinel, and least time between two departures from servers that take no writes
 
 Arg = str | bytes | int | float
 
@@ -54,11 +71,13 @@ class Script:
 
 
 class Connection:
-    """Commands and scripts over a pool of connections; `subscribe` opens one of its own."""
+    """Commands and scripts over a pool of connections; `subscribe` opens one of its own. Raises `ConfigError` for a wrong address."""
 
     def __init__(self, settings: RedisSettings) -> None:
         self._settings = settings
-        self._client = _client(settings, settings.timeout_s)
+        self._sentinels = _Sentinels(settings) if is_sentinel_url(settings.url) else None
+        self._client = _client(settings, settings.timeout_s, self._sentinels)
+        self._left_s = -math.inf  # when a server that took no writes was last given up
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)  # more calls than that wait for one another, they do not fail
         self._subscriptions: list[Subscription] = []
 
@@ -68,22 +87,22 @@ class Connection:
         Raises `QueueFull` at once when Redis refuses the write because its memory is full, unless it `waits_for_memory`.
         """
         give_up = time.monotonic() + self._settings.timeout_s
-        delay_s = 0.02
+        delay_s = FIRST_DELAY_S
         while True:
             try:
                 return await self._evaluate(script, root, args)
             except (*_LOST, exceptions.ResponseError) as error:
                 if not _passes(error):
                     raise  # our own mistake: repeating it cannot help
+                await self._note(error)
                 if _is_out_of_memory(error) and not waits_for_memory:
                     full = f"Redis is out of memory ({script.name}): nothing was stored, try again later"
                     raise QueueFull(full, retry_after_s=5.0) from error
                 if time.monotonic() + delay_s > give_up:
-                    raise RedisUnavailable(
-                        f"no answer from Redis to {script.name} within {self._settings.timeout_s:g} s: {error}"
-                    ) from error
+                    waited = f"within {self._settings.timeout_s:g} s"
+                    raise RedisUnavailable(f"no answer from Redis to {script.name} {waited}: {_why(error)}") from error
                 await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
-                delay_s = min(delay_s * 2, 1.0)
+                delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
     async def _evaluate(self, script: Script, root: str, args: Sequence[Arg]) -> Any:
         if not script.sha:
@@ -106,7 +125,17 @@ class Connection:
         except (*_LOST, exceptions.ResponseError) as error:
             if not _passes(error):
                 raise
-            raise RedisUnavailable(f"no answer from Redis to {args[0]!s}: {error}") from error
+            await self._note(error)
+            raise RedisUnavailable(f"no answer from Redis to {args[0]!s}: {_why(error)}") from error
+
+    async def told(self, *args: Arg) -> Any:
+        """As `command` for what a server may refuse to tell (managed ones lack CONFIG): None then."""
+        try:
+            return await self._execute(*args)
+        except exceptions.ResponseError:
+            return None
+        except _LOST as error:
+            raise RedisUnavailable(f"no answer from Redis to {args[0]!s}: {_why(error)}") from error
 
     async def commands(self, *rows: Sequence[Arg]) -> list[Any]:
         """Several plain commands in one round trip, not atomic. Raises `RedisUnavailable`."""
@@ -119,11 +148,29 @@ class Connection:
         except (*_LOST, exceptions.ResponseError) as error:
             if not _passes(error):
                 raise
-            raise RedisUnavailable(f"no answer from Redis to {rows[0][0]!s}: {error}") from error
+            await self._note(error)
+            raise RedisUnavailable(f"no answer from Redis to {rows[0][0]!s}: {_why(error)}") from error
+
+    async def _note(self, error: Exception) -> None:
+        """A server that takes no writes may have been demoted. At most once a second: a replica that stays one gets no storm of
+        connections."""
+        now_s = time.monotonic()
+        if _is_read_only(error) and now_s - self._left_s >= LOOK_UP_S:
+            self._left_s = now_s
+            log.warning("this Redis takes no writes, connecting anew", error=str(error))
+            await self._leave()
+
+    async def _leave(self) -> None:
+        """Give up all connections, those in use when their call is over: the next ones lead to whoever is master then."""
+        pool = self._client.connection_pool
+        await pool.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
+        await pool.disconnect(inuse_connections=False)
+        for subscription in self._subscriptions:
+            await subscription.drop()
 
     async def subscribe(self, *channels: str) -> Subscription:
         """A subscription that is already in force when this returns."""
-        subscription = Subscription(self._settings, channels)
+        subscription = Subscription(self._settings, channels, self._sentinels, self._leave)
         await subscription.start()
         self._subscriptions.append(subscription)
         return subscription
@@ -134,17 +181,30 @@ class Connection:
             await subscription.close()
         self._subscriptions.clear()
         await self._client.aclose()
+        if self._sentinels is not None:
+            await self._sentinels.close()
 
 
 class Subscription:
-    """Messages of some channels. Loss is silent in Redis: each time a channel is subscribed anew that is said, too."""
+    """Messages of some channels. Loss is silent in Redis: each time a channel is subscribed anew that is said, too.
 
-    def __init__(self, settings: RedisSettings, channels: Sequence[str]) -> None:
+    A server that vanished without closing is noticed within `redis.timeout_s` and two checks, a new master behind Sentinels by the
+    next check.
+    """
+
+    def __init__(
+        self, settings: RedisSettings, channels: Sequence[str], sentinels: _Sentinels | None,
+        leave: Callable[[], Awaitable[None]],
+    ) -> None:  # fmt: skip
         self._settings = settings
-        self._client = _client(settings, None)
+        self._sentinels = sentinels
+        self._leave = leave  # called when another server is the master now: commands have to go there, too
+        self._client = _client(settings, None, sentinels)
         self._pubsub = self._client.pubsub()
+        self._delay_s = FIRST_DELAY_S  # before the next attempt to subscribe anew
+        self._waits_since_s = math.inf  # since when `messages` waits for Redis; infinite while it does not
+        self._is_closed = False
         self.channels = set(channels)
-        self._is_lost = False  # a call found the connection lost: what Redis sends is not for these channels any more
 
     async def start(self) -> None:
         """Subscribe and wait for Redis to say so. Raises `RedisUnavailable`."""
@@ -153,60 +213,147 @@ class Subscription:
                 await self._pubsub.subscribe(*self.channels)
                 for _ in self.channels:
                     await self._pubsub.parse_response(block=True)
-        except _LOST as error:
-            raise RedisUnavailable(f"cannot subscribe to {sorted(self.channels)}: {error}") from error
+        except (*_LOST, exceptions.ResponseError) as error:
+            await self.close()
+            raise RedisUnavailable(f"cannot subscribe to {sorted(self.channels)}: {_why(error)}") from error
 
     async def add(self, channel: str) -> None:
-        """Subscribe to one more channel; `messages` says when it is in force, after a reconnection too."""
+        """Subscribe to one more channel; `messages` says when it is in force, at once or when Redis is back."""
         self.channels.add(channel)
-        try:
-            await self._pubsub.subscribe(channel)
-        except _LOST:
-            self._is_lost = True
+        await self._say("SUBSCRIBE", channel)
 
     async def remove(self, channel: str) -> None:
         """Unsubscribe from one channel."""
         self.channels.discard(channel)
-        try:
-            await self._pubsub.unsubscribe(channel)
-        except _LOST:
-            self._is_lost = True
+        await self._say("UNSUBSCRIBE", channel)
 
     async def messages(self) -> AsyncIterator[tuple[str, bytes | None]]:
         """(channel, data) of each message; data None when the channel was subscribed (anew): read what you may have missed."""
-        while True:
-            try:
-                reply = await self._pubsub.parse_response(block=True)
-            except _LOST:
-                self._is_lost = True
-            if self._is_lost:
-                await self._resubscribe()
-                continue
-            if reply is None:
-                continue
-            kind = reply[0]
-            if kind == b"message":
-                yield reply[1].decode(), reply[2]
-            elif kind == b"subscribe":
-                yield reply[1].decode(), None
+        watch = asyncio.create_task(self._watch(), name="subscription check")
+        try:
+            while True:
+                self._waits_since_s = time.monotonic()
+                try:
+                    self._check_connected()
+                    reply = await self._pubsub.parse_response(block=True)
+                except (*_LOST, exceptions.ResponseError) as error:
+                    self._waits_since_s = math.inf
+                    await self._resubscribe(error)
+                    continue
+                self._waits_since_s = math.inf  # what the reader does now is no silence of Redis
+                self._delay_s = FIRST_DELAY_S
+                if reply is None:
+                    continue
+                kind = reply[0]
+                if kind == b"message":
+                    yield reply[1].decode(), reply[2]
+                elif kind == b"subscribe":
+                    yield reply[1].decode(), None
+        finally:
+            watch.cancel()
 
-    async def _resubscribe(self) -> None:
-        """Returns when Redis has taken the same channels on a new connection, however long it was away."""
-        delay_s = 0.02
+    def _check_connected(self) -> None:
+        """redis-py would connect by itself, and to channels that it knows of: those of the start, without what came or went since."""
+        if self._pubsub.connection is None or not self._pubsub.connection.is_connected:
+            raise exceptions.ConnectionError("the line was given up")
+
+    async def _resubscribe(self, error: Exception) -> None:
+        """Returns when the same channels were sent on a new connection, however long Redis was away. The pause between attempts
+        grows until Redis has taken them: a server that takes connections and refuses what they say is asked once a second."""
+        if self._delay_s == FIRST_DELAY_S:
+            log.warning("subscription lost, subscribing anew", channels=sorted(self.channels), error=_why(error))
         while True:
-            await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
-            delay_s = min(delay_s * 2, 1.0)
+            await asyncio.sleep(self._delay_s * random.uniform(0.5, 1.5))
+            self._delay_s = min(self._delay_s * 2, LONGEST_DELAY_S)
             with contextlib.suppress(*_LOST):
-                await self._pubsub.aclose()  # type: ignore[no-untyped-call]
-                self._pubsub = self._client.pubsub()
-                self._is_lost = False
-                await self._pubsub.subscribe(*self.channels)
+                async with asyncio.timeout(self._settings.timeout_s):
+                    await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+                    self._pubsub = self._client.pubsub()
+                    await self._pubsub.subscribe(*self.channels)
                 return
+
+    async def _watch(self) -> None:
+        """While nothing comes, ask for a sign of life; without one drop the line. When another server is the master now, leave."""
+        asked_s = -math.inf
+        while True:
+            await asyncio.sleep(CHECK_S)
+            now_s = time.monotonic()
+            if await self._has_moved():
+                log.warning("another Redis is the master now, connecting to it")
+                await self._leave()
+            elif self._waits_since_s < asked_s:  # since before it was asked
+                if now_s - asked_s > self._settings.timeout_s:
+                    log.warning("no sign of life on a subscription", channels=sorted(self.channels))
+                    await self.drop()
+            elif now_s - self._waits_since_s > CHECK_S / 2:
+                asked_s = now_s
+                await self._say("PING")
+
+    async def _has_moved(self) -> bool:
+        connection: Any = self._pubsub.connection
+        if self._sentinels is None or connection is None or not connection.is_connected:
+            return False
+        try:
+            return await self._sentinels.discover_master() != (connection.host, connection.port)
+        except exceptions.ConnectionError:
+            return False  # nobody knows of another one
+
+    async def _say(self, *words: str) -> None:
+        """Send a command whose answer `messages` reads; on a lost line nothing, for it is subscribed anew with all channels."""
+        connection: Any = self._pubsub.connection
+        if connection is None or not connection.is_connected:
+            return
+        with contextlib.suppress(*_LOST):
+            async with asyncio.timeout(self._settings.timeout_s):
+                await connection.send_command(*words, check_health=False)
+
+    async def drop(self) -> None:
+        """Give the connection up; `messages` subscribes anew, behind Sentinels to whoever is master then."""
+        connection: Any = self._pubsub.connection
+        if connection is not None and not self._is_closed:
+            await connection.disconnect(nowait=True)
 
     async def close(self) -> None:
         """Close the connection; a running `messages` ends with its task. May be called twice."""
+        self._is_closed = True
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]
         await self._client.aclose()
+
+
+class _Sentinels:
+    """Says who the master is. All are asked, and the answer with the highest epoch wins: one that was cut off misleads nobody."""
+
+    def __init__(self, settings: RedisSettings) -> None:
+        self.url = parse_sentinel_url(settings.url)
+        limit_s = min(LOOK_UP_S, settings.timeout_s)
+        self._clients = [
+            redis.asyncio.Redis(
+                host=host, port=port, username=self.url.sentinel_username, password=self.url.sentinel_password,
+                ssl=self.url.is_tls, **_options(limit_s, limit_s),
+            )
+            for host, port in self.url.sentinels
+        ]  # fmt: skip
+
+    async def discover_master(self, _: str = "") -> tuple[str, int]:
+        """Its address; the pool of connections asks with the name. Raises redis-py's ConnectionError when nobody knows."""
+        answers = await asyncio.gather(*(self._ask(client) for client in self._clients), return_exceptions=True)
+        known = [answer for answer in answers if isinstance(answer, tuple)]
+        if known:
+            return max(known)[1:]
+        said = "; ".join(
+            f"{host}:{port}: {error}" for (host, port), error in zip(self.url.sentinels, answers, strict=True)
+        )
+        raise exceptions.ConnectionError(f"no Sentinel knows the master {self.url.master!r} ({said})")
+
+    async def _ask(self, client: redis.asyncio.Redis) -> tuple[int, str, int]:
+        row = await client.execute_command("SENTINEL", "MASTER", self.url.master)  # type: ignore[no-untyped-call]
+        fields = {name.decode(): value.decode() for name, value in zip(row[::2], row[1::2], strict=True)}
+        return int(fields["config-epoch"]), fields["ip"], int(fields["port"])
+
+    async def close(self) -> None:
+        """Close the connections to them. May be called twice."""
+        for client in self._clients:
+            await client.aclose()
 
 
 @contextlib.contextmanager
@@ -223,9 +370,7 @@ def _cancellation_kept() -> Iterator[None]:
 
 
 def _passes(error: Exception) -> bool:
-    """Whether the same call may succeed later."""
-    if isinstance(error, exceptions.AuthenticationError):
-        return False
+    """Whether the same call may succeed later, as soon as Redis or whoever runs it has put things right."""
     is_refusal = isinstance(error, exceptions.ResponseError) and not isinstance(error, _PASSING)
     return not is_refusal or any(word in str(error) for word in _PASSING_WORDS)
 
@@ -235,17 +380,43 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, exceptions.OutOfMemoryError) or "OOM command not allowed" in str(error)
 
 
-def _client(settings: RedisSettings, timeout_s: float | None) -> redis.asyncio.Redis:
-    options: dict[str, Any] = {} if settings.url.startswith("unix") else {"socket_keepalive": True}
+def _is_read_only(error: Exception) -> bool:
+    return isinstance(error, exceptions.ReadOnlyError) or "READONLY" in str(error)
+
+
+def _why(error: Exception) -> str:
+    """What to tell of an error; a refusal of who we are is told as what has to be put right."""
+    refusals = (exceptions.AuthenticationError, exceptions.NoPermissionError)
+    if isinstance(error, refusals) or isinstance(
+        error.__cause__, refusals
+    ):  # redis-py wraps what it hears while it connects
+        return f"it refuses the user or password of redis.url ({error})"
+    return str(error) or type(error).__name__
+
+
+def _client(settings: RedisSettings, timeout_s: float | None, sentinels: _Sentinels | None) -> redis.asyncio.Redis:
+    options = _options(timeout_s, settings.timeout_s)
+    if sentinels is not None:
+        url: SentinelUrl = sentinels.url
+        pool = SentinelConnectionPool(  # type: ignore[no-untyped-call]
+            url.master, sentinels, db=url.db, username=url.username, password=url.password, ssl=url.is_tls,
+            **options, socket_keepalive=True,
+        )  # fmt: skip
+        return redis.asyncio.Redis.from_pool(pool)
+    if not settings.url.startswith("unix"):
+        options["socket_keepalive"] = True
     try:
-        return redis.asyncio.Redis.from_url(
-            settings.url,
-            **options,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=settings.timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-        )
+        return redis.asyncio.Redis.from_url(settings.url, **options)
     except ValueError:  # its text may hold a part of the password
-        text = "redis.url: expected redis://host:6379/0, rediss://host:6379/0 or unix:///path/redis.sock"
-        raise ConfigError(text) from None
+        forms = f"redis://host:6379/0, rediss://host:6379/0, unix:///path/redis.sock or {SENTINEL_FORM}"
+        raise ConfigError(f"redis.url: expected {forms}") from None
+
+
+def _options(timeout_s: float | None, connect_timeout_s: float) -> dict[str, Any]:
+    """What holds for every connection: a limit on each wait, and no repetition behind our back."""
+    return {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": connect_timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }

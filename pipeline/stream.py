@@ -198,9 +198,11 @@ class RequestStream:
                 for part in in_parts(chunks):
                     yield [part]
                     await asyncio.sleep(0)
+            elif self._behind:
+                continue  # Redis did not answer: what was missed is still to be read, also when the end came meanwhile
             elif self.ended is not None:
                 return
-            elif not self._behind:
+            else:
                 await self._wait()
 
     async def _wait(self) -> None:

@@ -153,6 +153,13 @@ class RedisProxy:
             task.cancel()
         return len(listening)
 
+    def silence_subscriptions(self) -> int:
+        """Nothing passes any more on the connections that listen to channels now, and nothing closes them; returns how many."""
+        listening = [line for line in self._lines if line.is_subscription]
+        for line in listening:
+            line.is_silent = True
+        return len(listening)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -170,6 +177,7 @@ class _Line:
 
     def __init__(self, proxy: RedisProxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.is_subscription = False
+        self.is_silent = False
         self._proxy = proxy
         self._reader, self._writer = reader, writer
         self._unanswered = 0
@@ -189,9 +197,9 @@ class _Line:
         finally:
             for pipe in pipes:
                 pipe.cancel()
-            ended = await asyncio.gather(*pipes, return_exceptions=True)
-            for end in ends:
+            for end in ends:  # before anything is waited for: this may be cancelled twice
                 end.close()
+            ended = await asyncio.gather(*pipes, return_exceptions=True)
             for error in ended:
                 if isinstance(error, Exception) and not isinstance(error, (_Cut, OSError)):
                     raise error  # a mistake of this proxy
@@ -205,6 +213,8 @@ class _Line:
             await self._up.drain()
 
     async def _pass(self, command: list[bytes]) -> None:
+        if self.is_silent:
+            return
         word = command[0].upper()
         script = script_shas().get(command[1].decode(), "") if word == b"EVALSHA" else ""
         self.is_subscription |= word == b"SUBSCRIBE"
@@ -235,6 +245,8 @@ class _Line:
         answers = hiredis.Reader()
         caught = b""
         while data := await self._up_reader.read(CHUNK_BYTES):
+            if self.is_silent:
+                continue
             if self._watched is None:
                 self._writer.write(data)
             else:

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -201,14 +202,21 @@ def request(
     return Request(id=request_id, kind="text_completion", created_s=0, input=body)
 
 
-async def collect(stream: RequestStream, n: int = 1) -> tuple[list[list[int]], Ended]:
-    """All tokens of a stream by choice; checks that each (choice, index) came once and in order."""
+async def collect(
+    stream: RequestStream, n: int = 1, pauses: list[float] | None = None
+) -> tuple[list[list[int]], Ended]:
+    """All tokens of a stream by choice; checks that each (choice, index) came once and in order. The longest wait for one joins
+    `pauses`."""
     tokens: list[list[int]] = [[] for _ in range(n)]
+    longest_s, last_s = 0.0, time.monotonic()
     async with stream:
         async for chunks in stream:
+            longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
             for chunk in chunks:
                 take(tokens, chunk)
     assert stream.ended is not None
+    if pauses is not None:
+        pauses.append(longest_s)
     return tokens, stream.ended
 
 

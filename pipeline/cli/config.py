@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from typing import Any
 from urllib.parse import urlsplit
@@ -91,7 +92,10 @@ def _toml_path(path: str) -> str:
 
 
 def _masked(value: Value) -> Value:
-    """The value without the password that an address may carry."""
+    """The value without the passwords that an address may carry."""
     text: Any = value.value
-    password = urlsplit(text).password if isinstance(text, str) and "://" in text else None
-    return value._replace(value=text.replace(f":{password}@", ":***@")) if password else value
+    if not isinstance(text, str) or "://" not in text:
+        return value
+    if password := urlsplit(text).password:
+        text = text.replace(f":{password}@", ":***@")
+    return value._replace(value=re.sub(r"(password=)[^&]+", r"\1***", text))

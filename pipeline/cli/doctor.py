@@ -6,7 +6,6 @@ a warning what will hurt later.
 
 from __future__ import annotations
 
-import enum
 import importlib.metadata
 import json
 import os
@@ -15,7 +14,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 from rich.console import Console
@@ -25,28 +23,12 @@ from pipeline.cli.options import Given
 from pipeline.cli.up import free_port
 from pipeline.config import ApiSettings, EngineSettings, PoolSettings, RedisSettings, Settings, TransferSettings
 from pipeline.connection import Connection
-from pipeline.errors import BatonError
-from pipeline.redis_server import MIN_VERSION, RedisServerError, ask_redis, find_server
+from pipeline.errors import BatonError, ConfigError
+from pipeline.findings import Finding, Grade
+from pipeline.redis_health import judge, look
+from pipeline.redis_server import RedisServerError, ask_redis, find_server
 
 _MIN_PYTHON = (3, 11)
-_MIN_PUBSUB_BUFFER_BYTES = 8_388_608  # a slow API process is cut off when this much waits for it
-
-
-class Grade(enum.StrEnum):
-    """How bad a finding is."""
-
-    OK = "ok"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-class Finding(NamedTuple):
-    """One thing that was looked at. `fix` says what to do and is empty when all is well."""
-
-    check: str
-    grade: Grade
-    text: str
-    fix: str = ""
 
 
 async def run_doctor(source: Given, *, as_json: bool) -> int:
@@ -99,62 +81,17 @@ async def check_redis(settings: RedisSettings) -> list[Finding]:
 
 
 async def _check_running_redis(settings: RedisSettings) -> list[Finding]:
-    connection = Connection(settings)
     try:
-        server = _fields(await connection.command("INFO", "server"))
-        wanted = ("maxmemory-policy", "maxmemory", "appendonly", "appendfsync", "client-output-buffer-limit")
-        values = {name: _config_value(await connection.command("CONFIG", "GET", name)) for name in wanted}
+        connection = Connection(settings)
+    except ConfigError as error:
+        return [Finding("redis", Grade.ERROR, str(error), "correct redis.url (BATON_REDIS_URL)")]
+    try:
+        return judge(await look(connection))
     except BatonError as error:
         fix = "start it, or correct redis.url (BATON_REDIS_URL)"
         return [Finding("redis", Grade.ERROR, str(error), fix)]
     finally:
         await connection.close()
-    return [check_redis_version(server), *check_redis_settings(values)]
-
-
-def check_redis_version(server: dict[str, str]) -> Finding:
-    """`server` is the section of that name of INFO."""
-    kind = "valkey" if server.get("server_name") == "valkey" else "redis"
-    version = server.get("valkey_version" if kind == "valkey" else "redis_version", "0")
-    needed = MIN_VERSION[kind]
-    if tuple(map(int, version.split(".")[:2])) < needed:
-        text = f"{kind} {version} runs, but {'.'.join(map(str, needed))} is needed"
-        return Finding("redis version", Grade.ERROR, text, "upgrade the server")
-    return Finding("redis version", Grade.OK, f"{kind} {version} runs")
-
-
-def check_redis_settings(values: dict[str, str | None]) -> Iterator[Finding]:
-    """`values` of CONFIG GET; None for what the server does not tell (managed servers)."""
-    policy, appendonly, fsync = values["maxmemory-policy"], values["appendonly"], values["appendfsync"]
-    if policy is None or appendonly is None:
-        yield Finding("redis settings", Grade.WARNING, "the server does not tell its settings", "ask whoever runs it")
-        return
-    if policy == "noeviction":
-        yield Finding("redis eviction", Grade.OK, "noeviction: nothing that was accepted is thrown away")
-    else:
-        fix = "redis-cli config set maxmemory-policy noeviction"
-        yield Finding("redis eviction", Grade.ERROR, f"{policy} may throw accepted requests away", fix)
-    if appendonly == "yes":
-        lost = "nothing" if fsync == "always" else "its last second"
-        yield Finding("redis durability", Grade.OK, f"AOF on, appendfsync {fsync}: a power cut may cost {lost}")
-    else:
-        fix = "redis-cli config set appendonly yes"
-        yield Finding("redis durability", Grade.WARNING, "AOF is off: a restart forgets accepted requests", fix)
-    limit = int(values["maxmemory"] or 0)
-    text = f"{limit / 2**20:.0f} MiB" if limit else "no limit"
-    yield Finding("redis memory", Grade.OK, f"maxmemory: {text}")
-    yield _check_pubsub_buffer(values["client-output-buffer-limit"] or "")
-
-
-def _check_pubsub_buffer(limits: str) -> Finding:
-    """`limits` is "normal 0 0 0 slave ... pubsub <hard> <soft> <seconds>"; 0 is no limit."""
-    words = limits.split()
-    hard_bytes, soft_bytes = (int(word) for word in words[words.index("pubsub") + 1 :][:2]) if words else (0, 0)
-    if all(limit == 0 or limit >= _MIN_PUBSUB_BUFFER_BYTES for limit in (hard_bytes, soft_bytes)):
-        return Finding("redis pub/sub buffer", Grade.OK, f"{hard_bytes >> 20} MiB hard, {soft_bytes >> 20} MiB soft")
-    text = f"pubsub {hard_bytes} {soft_bytes} bytes: a busy API process would be cut off and read from the token logs"
-    fix = "redis-cli config set client-output-buffer-limit 'pubsub 32mb 8mb 60'"
-    return Finding("redis pub/sub buffer", Grade.WARNING, text, fix)
 
 
 def check_model(name: str, pool: PoolSettings) -> Iterator[Finding]:
@@ -251,18 +188,3 @@ def _print(findings: list[Finding]) -> None:
         console.print(finding.text, markup=False)
         for line in finding.fix.splitlines():
             console.print(" " * (width + 9), line if line.startswith(" ") else f"-> {line}", markup=False)
-
-
-def _fields(info: bytes | str | dict[object, object]) -> dict[str, str]:
-    if isinstance(info, dict):  # some client versions parse INFO
-        return {str(name): str(value) for name, value in info.items()}
-    text = info.decode() if isinstance(info, bytes) else info
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-
-
-def _config_value(answer: object) -> str | None:
-    """The value of CONFIG GET with one name: a list of two, or a map in some client versions; None when it is withheld."""
-    pairs = list(answer.values()) if isinstance(answer, dict) else list(answer)[1:] if isinstance(answer, list) else []
-    if not pairs:
-        return None
-    return pairs[0].decode() if isinstance(pairs[0], bytes) else str(pairs[0])

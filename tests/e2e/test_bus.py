@@ -33,7 +33,8 @@ async def begun(stream: RequestStream) -> bool:
 
 
 async def test_a_dropped_subscription_costs_no_token(redis_url: str, tmp_path: Path) -> None:
-    async with System(redis_url, SLOW, log_dir=tmp_path) as system:
+    """What was missed is read at once: no silence has to tell."""
+    async with System(redis_url, SLOW, "api.silence_s=600", log_dir=tmp_path) as system:
         await system.worker("prefill")
         await system.worker("decode")
         async with system.client() as client:

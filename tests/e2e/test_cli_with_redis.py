@@ -11,9 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pipeline.cli.doctor import Grade, check_redis
+from pipeline.cli.doctor import check_redis
 from pipeline.config import RedisSettings, RouterSettings
 from pipeline.connection import Connection
+from pipeline.findings import Grade
 from pipeline.keys import PoolKeys
 from pipeline.redis_server import RedisServer
 from pipeline.snapshot import take_snapshot

@@ -9,7 +9,9 @@ import pytest
 
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection, _cancellation_kept
+from pipeline.errors import RedisUnavailable
 from pipeline.redis_server import RedisServer
+from tests.proxy import RedisProxy
 from tests.system import System
 
 
@@ -97,3 +99,60 @@ async def test_a_cancellation_that_meets_a_lost_connection_is_kept() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_subscription_to_a_host_that_vanished_is_noticed(default_redis_url: str, short_dir: Path) -> None:
+    """Nothing is closed and nothing comes: the line is given up when a sign of life stays out."""
+    async with RedisProxy(default_redis_url.removeprefix("unix://"), short_dir) as proxy:
+        connection = Connection(RedisSettings(url=proxy.url, timeout_s=1))
+        subscription = await connection.subscribe("news")
+        messages = subscription.messages()
+        assert proxy.silence_subscriptions() == 1
+        async with asyncio.timeout(30):
+            assert await anext(messages) == ("news", None)
+            await connection.command("PUBLISH", "news", "hello")
+            assert await anext(messages) == ("news", b"hello")
+        await messages.aclose()
+        await connection.close()
+
+
+async def test_a_silent_subscription_stays_where_it_is(default_redis_url: str) -> None:
+    """Also while its reader is busy with something else."""
+    connection = Connection(RedisSettings(url=default_redis_url, timeout_s=0.5))
+    messages = (await connection.subscribe("news")).messages()
+    reading = asyncio.ensure_future(anext(messages))
+    for _ in range(2):
+        await asyncio.wait([reading], timeout=3)  # as long as two checks and the time for an answer
+        assert not reading.done()
+        await connection.command("PUBLISH", "news", "hello")
+        assert await reading == ("news", b"hello")
+        await asyncio.sleep(2)
+        reading = asyncio.ensure_future(anext(messages))
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    await connection.close()
+
+
+async def test_a_password_that_was_changed_is_told_and_asked_for_without_haste(short_dir: Path) -> None:
+    with RedisServer.start(short_dir) as server:
+        server.wait_ready()
+        connection = Connection(RedisSettings(url=server.url, timeout_s=0.5))
+        messages = (await connection.subscribe("news")).messages()
+        reading = asyncio.ensure_future(anext(messages))
+        assert server.command("CONFIG", "SET", "requirepass", "secret") == b"+OK"
+        other = Connection(RedisSettings(url=f"unix://:secret@{server.socket_path}"))
+        await other.command("CONFIG", "RESETSTAT")
+        await other.command("CLIENT", "KILL", "SKIPME", "yes")
+        with pytest.raises(RedisUnavailable, match="refuses the user or password"):
+            await connection.command("PING")
+        with pytest.raises(RedisUnavailable, match="refuses the user or password"):
+            await connection.subscribe("more")
+        await asyncio.wait([reading], timeout=3)
+        stats = await other.command("INFO", "stats")
+        assert int(stats["total_connections_received"]) < 40  # two a try of which one is redis-py's own
+        await other.command("CONFIG", "SET", "requirepass", "")
+        async with asyncio.timeout(30):
+            assert await reading == ("news", None)
+        await messages.aclose()
+        await connection.close()
+        await other.close()

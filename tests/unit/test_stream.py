@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.errors import RedisUnavailable
 from pipeline.protocol import EndItem, FinishReason, Log, Timeline, TokenItem, pack_tokens
 from pipeline.queue import Standing
 from pipeline.stream import PART_TOKENS, RequestStream, TokenChunk
@@ -148,6 +149,28 @@ async def test_a_request_that_redis_does_not_know_ends_as_failed() -> None:
     assert (await read_all(stream))[0] == [[], []]
     assert stream.ended is not None
     assert stream.ended.state == "failed"
+
+
+async def test_an_end_that_comes_while_redis_does_not_answer_ends_nothing_early() -> None:
+    """What the reader missed before it is still to be read."""
+    store = Store()
+    store.written, store.ended = [6, 3], True
+    is_away = True
+
+    async def read(request_id: str) -> Standing:
+        nonlocal is_away
+        if is_away:
+            is_away = False
+            stream.feed_end(END)
+            raise RedisUnavailable("away")
+        return await store.read(request_id)
+
+    stream = RequestStream(
+        "r", 2, buffer_items=100, patience_s=5, read=read, cancel=store.cancel, forget=store.forget
+    )  # fmt: skip
+    stream.fall_behind()
+    tokens, _ = await read_all(stream)
+    assert tokens == LOGS
 
 
 async def test_a_log_that_says_otherwise_ends_the_stream_instead_of_being_spliced() -> None:
