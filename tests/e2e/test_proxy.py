@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
-from pipeline.queue import Limits, PoolQueue
+from pipeline.queue import Admission, Limits, PoolQueue
 from tests.proxy import RedisProxy, Side, Trap, script_shas
 from tests.system import POOL, request
 
@@ -29,7 +29,7 @@ async def through_proxy(redis_url: str, folder: Path) -> AsyncIterator[tuple[Red
 
 async def admit(queue: PoolQueue) -> str:
     item = request(3)
-    await queue.admit(item, stage="decode", lane="default", blocks=1, api="a", limits=LIMITS)
+    await queue.admit(Admission(item, "decode", "default", 1, "a"), LIMITS)
     return item.id
 
 
