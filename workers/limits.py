@@ -63,7 +63,8 @@ async def run_within(limits: TimeLimits, name: str, work: Coroutine[Any, Any, T]
                 run.task.exception()  # of a handler that was stopped: said by the limit
             raise TimeLimitExceeded(passed)
     await run.until(None)
-    return run.task.result()
+    result: T = run.task.result()
+    return result
 
 
 class _Run:

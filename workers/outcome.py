@@ -39,7 +39,8 @@ class Handover:
 class Retry:
     """The task waits again, ahead of new ones. A delivery without progress counts as an attempt when `counts`.
 
-    `backs_off`: not at once, but later each time. `countdown`: after so many seconds. `is_suspect`: its engine died, perhaps of it, so it runs alone the next time.
+    `backs_off`: not at once, but later each time; `countdown`: after so many seconds. `is_suspect`: its engine died, perhaps of it,
+    so it runs alone the next time.
     """
 
     why: str

@@ -15,7 +15,7 @@ import asyncio
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
@@ -163,7 +163,7 @@ def register(worker: Worker, tasks: Sequence[Stage], holdings: Holdings, steps: 
 
 def _handler(
     stage: Stage, holdings: Holdings, steps: StepWriter, threads: Executor
-) -> Callable[[Task], Awaitable[Outcome]]:
+) -> Callable[[Task], Coroutine[Any, Any, Outcome]]:
     signature = inspect.signature(stage.function)
 
     async def run(task: Task) -> Outcome:

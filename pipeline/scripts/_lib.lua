@@ -29,7 +29,7 @@ local EVENT_OF = {done = 'task-succeeded', failed = 'task-failed', cancelled = '
 -- A task joins (by = 1) or leaves (by = -1) those that wait on a lane.
 local function count_waiting(stage, lane, tokens, by)
   count('waiting:' .. stage .. ':' .. lane, by)
-  count('tokens:' .. stage .. ':' .. lane, by * tonumber(tokens))
+  count('tokens:' .. stage .. ':' .. lane, by * tonumber(tokens) + 0) -- of no tokens: -0 is no integer to Redis
 end
 
 local function ring(stage)
