@@ -43,7 +43,7 @@ TABLE: dict[str, KeySpec] = {
     "served": KeySpec(
         "served:{0}", "set of ids", "admit", "member until the request ends or the sweep finds its API gone"
     ),
-    "stages": KeySpec("stages", "set of names", "renew", "kept"),
+    "stages": KeySpec("stages", "set of names", "admit, renew", "kept"),
     "swept": KeySpec("swept", "hash", "sweep", "kept"),
     "settings": KeySpec("settings", "hash", "operator", "kept"),
     "alive": KeySpec(
@@ -138,6 +138,10 @@ class PoolKeys:
     def settings(self) -> str:
         """Hash: router settings changed at run time, read by every API replica."""
         return self._of("settings")
+
+    def stages(self) -> str:
+        """The stages that have or had a worker or work."""
+        return self._of("stages")
 
     def alive(self, role: str) -> str:
         """Sorted set: processes of a role (prefill, decode, api) by the time their registration ends."""

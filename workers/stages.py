@@ -15,6 +15,7 @@ import asyncio
 import dataclasses
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
@@ -194,15 +195,19 @@ def _check(stage: Stage, signature: inspect.Signature, task: StageTask, call: Ta
 class StageCapacity:
     """What a worker of a stage of one's own may claim: as many tasks as it runs at once. A task counts as one block."""
 
-    def __init__(self, queue: str, tasks: Sequence[Stage], holdings: Holdings, concurrency: int) -> None:
+    def __init__(
+        self, queue: str, tasks: Sequence[Stage], holdings: Holdings, concurrency: int,
+        is_paused: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         self._queue = queue
         self._tasks = tasks
         self._holdings = holdings
         self._concurrency = concurrency
+        self._is_paused = is_paused
 
     def free_blocks(self, share: float = 1.0) -> int:
         """See `Capacity.free_blocks`. Every lane may fill it: nothing is kept when a task has ended."""
-        return self._concurrency - len(self._holdings)
+        return 0 if self._is_paused() else self._concurrency - len(self._holdings)
 
     def total_blocks(self) -> int:
         """See `Capacity.total_blocks`."""
@@ -211,7 +216,25 @@ class StageCapacity:
     def describe(self) -> bytes:
         """What runs here, for status."""
         names = [stage.name for stage in self._tasks]
-        return msgspec.json.encode({"stage": self._queue, "up": True, "concurrency": self._concurrency, "tasks": names})
+        said = {
+            "stage": self._queue,
+            "up": True,
+            "paused": self._is_paused(),
+            "total_blocks": self._concurrency,
+            "concurrency": self._concurrency,
+            "tasks": names,
+        }
+        return msgspec.json.encode(said)
+
+    def told(self) -> dict[str, Any]:
+        """The section of `stats` on what runs its tasks: this process itself (see `workers/control.py`)."""
+        pool = {
+            "implementation": "tasks",
+            "max-concurrency": self._concurrency,
+            "processes": [os.getpid()],
+            "running": len(self._holdings),
+        }
+        return {"pool": pool}
 
 
 class NoResources:

@@ -150,6 +150,11 @@ class Worker:
         return self._stage
 
     @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks that it runs."""
+        return sorted(self._tasks)
+
+    @property
     def lanes(self) -> list[str]:
         """The lanes that it reads, in this order."""
         return self._lanes()

@@ -25,6 +25,7 @@ if tasks_waiting >= max_tasks or tokens_waiting + tonumber(r.tokens) > max_token
 end
 store(r, 0)
 if r.idem ~= '' then redis.call('SET', key_idem(r.idem), r.id) end
+redis.call('SADD', key_stages(), r.stage) -- sweeps visit it and operators see it, with no worker of it yet
 count('admitted', 1)
 event('task-sent', r.id, r.stage, r.lane, '', r.replay_of)
 return {'ok', tasks_waiting + 1}
