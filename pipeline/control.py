@@ -20,7 +20,6 @@ import structlog
 from pipeline.connection import Connection, Subscription
 from pipeline.keys import PoolKeys
 from pipeline.protocol import UNREADABLE
-from pipeline.queue import STAGES
 from pipeline.snapshot import take_snapshot
 
 log = structlog.get_logger("baton.control")
@@ -81,8 +80,8 @@ class ControlClient:
 
     async def _registered(self, to: Sequence[str]) -> set[str]:
         """The workers that are meant, as far as they live: whoever else answers is taken, too, but not waited for."""
-        workers = (await take_snapshot(self._connection, self._keys)).workers
-        return {name for stage in STAGES for name in workers[stage] if not to or name in to}
+        names = (await take_snapshot(self._connection, self._keys)).worker_names()
+        return {name for name in names if not to or name in to}
 
 
 async def _gather(subscription: Subscription, answers: dict[str, Answer], expected: set[str]) -> None:

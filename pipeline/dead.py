@@ -101,18 +101,27 @@ class DeadLetters:
             request, id=new_id, created_s=int(time.time()), resumable=True,  # nobody waits at an API for it
             input=msgspec.structs.replace(request.input, request_id=new_id),
         )  # fmt: skip
-        snapshot = await take_snapshot(self._connection, self._keys)
-        route = DisaggregatedRouter(snapshot.router(router)).route(
-            len(request.input.token_ids), 0, snapshot.load(), priority, blocks=int(blocks)
-        )
+        stage, first_lane = await self._place(request, letter, priority, int(blocks), router)
         lane = queue.lane(priority)
         limits = Limits(
             lane.max_waiting_tasks, lane.max_waiting_tokens, lane.deadline_s, queue.result_ttl_s, queue.dead_ttl_s
         )
-        admission = Admission(again, route.stage, route.lane, int(blocks), "", priority=priority, replay_of=letter.id)
+        admission = Admission(again, stage, first_lane, int(blocks), "", priority=priority, replay_of=letter.id)
         await self._queue.admit(admission, limits)
         await self._connection.command("XDEL", self._keys.dead(), letter.entry)
         return new_id
+
+    async def _place(
+        self, request: Request, letter: DeadLetter, priority: str, blocks: int, router: RouterSettings
+    ) -> tuple[str, str]:
+        """Stage and lane where it starts again: a generation where the router says now, a task of one's own on its own queue."""
+        if request.task is not None:
+            return letter.stage, priority
+        snapshot = await take_snapshot(self._connection, self._keys)
+        route = DisaggregatedRouter(snapshot.router(router)).route(
+            len(request.input.token_ids), 0, snapshot.load(), priority, blocks=blocks
+        )
+        return route.stage, route.lane
 
     async def drop(self, letter: DeadLetter) -> None:
         """Delete the entry and all that is kept of the request. Raises `BatonError` when it is not dead."""

@@ -14,8 +14,8 @@ from pipeline.connection import Connection
 from pipeline.ids import pool_of
 from pipeline.keys import PoolKeys
 from pipeline.protocol import Timeline
-from pipeline.queue import LANES, STAGES
-from pipeline.snapshot import text, text_pairs
+from pipeline.queue import LANES
+from pipeline.snapshot import stages_of, text, text_pairs
 
 _FIELDS = (
     "state", "reason", "stage", "lane", "owner", "epoch", "attempts", "tokens", "n", "deadline", "handle_owner", "replay_of"
@@ -89,7 +89,7 @@ async def waiting_tasks(connection: Connection, keys: PoolKeys, stage: str, lane
 async def lane_states(connection: Connection, keys: PoolKeys, workers: Sequence[str] = ()) -> list[LaneState]:
     """The lanes of all stages; with `workers`, only those that one of them reads. Raises `RedisUnavailable`."""
     states = []
-    for stage in STAGES:
+    for stage in await stages_of(connection, keys):
         names = [text(name) for name in await connection.command("ZRANGE", keys.alive(stage), 0, -1)]
         if workers:
             names = [name for name in names if name in workers]

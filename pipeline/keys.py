@@ -43,7 +43,7 @@ TABLE: dict[str, KeySpec] = {
     "served": KeySpec(
         "served:{0}", "set of ids", "admit", "member until the request ends or the sweep finds its API gone"
     ),
-    "stages": KeySpec("stages", "set of names", "renew", "kept"),
+    "stages": KeySpec("stages", "set of names", "admit, renew", "kept"),
     "swept": KeySpec("swept", "hash", "sweep", "kept"),
     "settings": KeySpec("settings", "hash", "operator", "kept"),
     "alive": KeySpec(
@@ -79,6 +79,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 def is_pool_name(name: str) -> bool:
     """Whether a name may be a pool's: it becomes a hash tag, a model id and a part of request ids."""
     return _NAME.fullmatch(name) is not None
+
+
+RESERVED_QUEUES = ("prefill", "decode", "api", "pool")  # Baton's own stages, and names that channels use
+
+
+def is_own_queue(name: str) -> bool:
+    """Whether a name may be that of a queue of one's own."""
+    return is_pool_name(name) and name not in RESERVED_QUEUES
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,6 +138,10 @@ class PoolKeys:
     def settings(self) -> str:
         """Hash: router settings changed at run time, read by every API replica."""
         return self._of("settings")
+
+    def stages(self) -> str:
+        """The stages that have or had a worker or work."""
+        return self._of("stages")
 
     def alive(self, role: str) -> str:
         """Sorted set: processes of a role (prefill, decode, api) by the time their registration ends."""

@@ -19,6 +19,7 @@ from pipeline.connection import Arg, Connection, Script
 from pipeline.errors import IdempotencyConflict, QueueFull, WireError
 from pipeline.keys import PoolKeys
 from pipeline.protocol import (
+    UNREADABLE,
     WIRE_VERSION,
     FinishReason,
     KVHandle,
@@ -111,6 +112,23 @@ class Standing:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Brief:
+    """How a request stands, in short: for who waits for its result. `is_retry`: it failed and waits for its next try."""
+
+    state: str
+    reason: str
+    stage: str
+    choices: int
+    is_retry: bool
+    result: bytes  # of its task, where that gave one
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.state in ENDED_STATES
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
     """Admission limits and times of one request."""
 
@@ -136,6 +154,7 @@ class Admission:
     delay_s: float = 0.0  # nobody may claim it before
     replay_of: str = ""  # the dead-lettered request that it repeats
     digest: str = ""  # of the body, to tell two requests of one idempotency key apart
+    notify: str = ""  # without an `api`: the process that hears of its end, and of nothing before
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -213,7 +232,7 @@ class PoolQueue:
             request.input.sampling_options.n, WIRE_VERSION, admission.api, limits.deadline_s, int(limits.result_ttl_s),
             int(limits.dead_ttl_s), admission.priority, admission.idempotency_key,
             "" if linger_s is None else int(linger_s * 1000), int(admission.delay_s * 1000), admission.replay_of,
-            admission.digest,
+            admission.digest, admission.notify,
         )  # fmt: skip
 
     async def attach(self, request_id: str, *, watch: bool, with_request: bool = False) -> Standing | None:
@@ -240,11 +259,16 @@ class PoolQueue:
         """These have a reader here: whatever another one said when it left, they are not cancelled for want of one."""
         await self._connection.command("ZREM", self.keys.orphans(), *request_ids)
 
+    async def standing(self, request_ids: Sequence[str], *, with_results: bool = False) -> list[Brief | None]:
+        """How each of these requests stands; None for those that are unknown."""
+        rows = await self._call("standing", "1" if with_results else "", *request_ids)
+        return [_brief(row) if row else None for row in rows]
+
     async def end(
-        self, request_id: str, state: str, reason: str = "", *, worker: str = "", epoch: int | None = None
-    ) -> tuple[str, str]:
+        self, request_id: str, state: str, reason: str = "", *, worker: str = "", epoch: int | None = None, result: bytes = b""
+    ) -> tuple[str, str]:  # fmt: skip
         """End a request; the first call wins. Returns (state, reason) as it stands, ("fenced", "") or ("gone", "")."""
-        answer = await self._call("end", request_id, state, reason, worker, "" if epoch is None else epoch)
+        answer = await self._call("end", request_id, state, reason, worker, "" if epoch is None else epoch, result)
         return answer[0].decode(), answer[1].decode()
 
     async def cancel(self, request_id: str, reason: str) -> tuple[str, str]:
@@ -374,8 +398,13 @@ def _stored(request_id: str, body: bytes) -> Request | None:
         return None
     try:
         return msgspec.msgpack.decode(body, type=Request)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise WireError(f"request {request_id} is stored in a form that this version does not read: {error}") from error
+
+
+def _brief(row: Sequence[bytes]) -> Brief:
+    state, reason, stage = (part.decode() for part in row[:3])
+    return Brief(state, reason, stage, int(row[3]), row[4] == b"1", row[5])
 
 
 def _log(rows: Sequence[bytes]) -> Log:

@@ -1,9 +1,9 @@
-"""What a pool looks like now, read in one round trip and kept fresh in the background."""
+"""What a pool looks like now, read in two or three round trips and kept fresh in the background."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -12,9 +12,10 @@ from pipeline.connection import Connection
 from pipeline.errors import ConfigError
 from pipeline.keys import PoolKeys
 from pipeline.protocol import UNREADABLE, BellNote
+from pipeline.queue import STAGES
 from pipeline.routing import PoolLoad
 
-ROLES = ("prefill", "decode", "api")
+ROLES = (*STAGES, "api")  # of every pool; stages of one's own are in its `stages`
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,6 +30,10 @@ class PoolSnapshot:
     def total(self, prefix: str) -> int:
         """Sum of all counters whose name begins with `prefix`."""
         return sum(value for name, value in self.counters.items() if name.startswith(prefix))
+
+    def worker_names(self) -> list[str]:
+        """The living workers of all stages."""
+        return [name for role, names in self.workers.items() if role != "api" for name in names]
 
     def waiting(self, stage: str, lane: str = "") -> int:
         """Tasks that wait in a stage, on one lane or on all."""
@@ -57,19 +62,36 @@ async def take_snapshot(connection: Connection, keys: PoolKeys) -> PoolSnapshot:
         ("TIME",),
         ("HGETALL", keys.counters()),
         ("HGETALL", keys.settings()),
-        *(("ZRANGE", keys.alive(role), 0, -1, "WITHSCORES") for role in ROLES),
+        ("SMEMBERS", keys.stages()),
+        *(_alive(keys, role) for role in ROLES),
     )
     now_ms = int(rows[0][0]) * 1000 + int(rows[0][1]) // 1000
-    workers = {role: _living(row, now_ms) for role, row in zip(ROLES, rows[3:], strict=True)}
-    names = [name for role in ("prefill", "decode") for name in workers[role]]
+    own, alive = _own(rows[3]), rows[4:]
+    if own:
+        alive = [*alive, *await connection.commands(*(_alive(keys, stage) for stage in own))]
+    workers = {role: _living(row, now_ms) for role, row in zip((*ROLES, *own), alive, strict=True)}
+    names = [name for role in workers if role != "api" for name in workers[role]]
     infos = await connection.commands(*(("HGET", keys.worker(name), "info") for name in names)) if names else []
     said = dict(zip(names, infos, strict=True))
     return PoolSnapshot(
         time_ms=now_ms,
         counters={name: int(value) for name, value in text_pairs(rows[1]).items()},
         settings=text_pairs(rows[2]),
-        workers={role: {name: said.get(name) or b"" for name in workers[role]} for role in ROLES},
+        workers={role: {name: said.get(name) or b"" for name in workers[role]} for role in workers},
     )
+
+
+async def stages_of(connection: Connection, keys: PoolKeys) -> list[str]:
+    """All stages that the pool has or had work for: Baton's own, then those of one's own. Raises `RedisUnavailable`."""
+    return [*STAGES, *_own(await connection.command("SMEMBERS", keys.stages()))]
+
+
+def _own(stages: Iterable[object]) -> list[str]:
+    return sorted({text(stage) for stage in stages} - set(ROLES))
+
+
+def _alive(keys: PoolKeys, role: str) -> tuple[str, str, int, int, str]:
+    return ("ZRANGE", keys.alive(role), 0, -1, "WITHSCORES")
 
 
 async def set_router(connection: Connection, keys: PoolKeys, changes: Mapping[str, int]) -> None:

@@ -24,7 +24,7 @@ from pipeline.settings_file import add_arguments, settings_from
 from workers import decode, prefill
 from workers.banner import banner
 from workers.child import ChildEngine
-from workers.control import WorkerControl
+from workers.control import WorkerControl, engine_told
 from workers.departure import Departure
 from workers.holdings import Held, Holdings
 from workers.steps import StepWriter
@@ -81,7 +81,9 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
             engine, holdings, lambda: supervisor.is_up, stage=stage, is_paused=lambda: control.is_paused
         ),
     )  # fmt: skip
-    control = WorkerControl(connection, worker, engine, holdings, redis_url=settings.redis.url)
+    control = WorkerControl(
+        connection, worker, holdings, lambda: engine_told(engine, worker), redis_url=settings.redis.url
+    )
     departure = Departure(lambda: engine.pid)
     departure.install()
 

@@ -33,13 +33,14 @@ class WorkerControl:
     """Answers for one worker from `run` until it is cancelled."""
 
     def __init__(
-        self, connection: Connection, worker: Worker, engine: ChildEngine, holdings: Holdings, *, redis_url: str
-    ) -> None:
+        self, connection: Connection, worker: Worker, holdings: Holdings, runs: Callable[[], dict[str, Any]], *,
+        redis_url: str,
+    ) -> None:  # fmt: skip
         self.is_paused = False  # while it lives: a worker that is started again claims
         self._connection = connection
         self._worker = worker
-        self._engine = engine
         self._holdings = holdings
+        self._runs = runs  # the sections of `stats` on what runs its tasks
         self._redis_url = redis_url
         self._started_s = time.monotonic()
         self._methods: dict[str, Method] = {
@@ -98,10 +99,11 @@ class WorkerControl:
         return [self._told_of(held) for held in self._holdings.all()]
 
     def _told_of(self, held: Held) -> dict[str, Any]:
-        delivery = held.task.delivery
+        delivery, call = held.task.delivery, held.task.request.task
         seconds = time.monotonic() - held.started_s
         return {
-            "id": held.id, "name": delivery.stage, "hostname": self._worker.name, "epoch": held.epoch, "lane": delivery.lane,
+            "id": held.id, "name": call.name if call else delivery.stage, "hostname": self._worker.name,
+            "epoch": held.epoch, "lane": delivery.lane,
             "time_start": round(time.time() - seconds, 3), "seconds": round(seconds, 3), "attempts": delivery.attempts,
             "prompt_tokens": delivery.prompt_tokens, "tokens": held.lengths, "worker_pid": os.getpid(),
         }  # fmt: skip
@@ -112,13 +114,12 @@ class WorkerControl:
         return [msgspec.structs.asdict(task) for task in waiting]
 
     async def _registered(self, _: dict[str, Any]) -> list[str]:
-        return [self._worker.stage]
+        return self._worker.tasks
 
     async def _active_queues(self, _: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"name": self._worker.stage, "lane": lane} for lane in self._worker.lanes]
 
     async def _stats(self, _: dict[str, Any]) -> dict[str, Any]:
-        engine = self._engine.stats()
         return {
             "total": dict(self._worker.reports.totals),
             "pid": os.getpid(),
@@ -127,20 +128,7 @@ class WorkerControl:
             "state": self._state(),
             "prefetch_count": 0,  # nothing is claimed that cannot start
             "broker": _broker(self._redis_url),
-            "pool": {
-                "implementation": self._engine.info.name,
-                "model": self._engine.info.model,
-                "max-concurrency": self._engine.info.max_num_seqs,
-                "processes": [self._engine.pid],
-                "heard_s_ago": round(time.monotonic() - self._engine.heard_s, 3),
-                "num_blocks": self._engine.info.num_blocks,
-                **msgspec.to_builtins(engine),
-            },
-            "transfer": {
-                "handles": self._worker.exported,
-                "bytes_used": engine.handle_bytes,
-                "bytes_free": engine.handle_bytes_free,
-            },
+            **self._runs(),
             "rusage": _usage(),
         }
 
@@ -162,6 +150,27 @@ class WorkerControl:
     async def _drain(self, _: dict[str, Any]) -> str:
         self._worker.drain()
         return f"drains {len(self._holdings)} tasks, then leaves"
+
+
+def engine_told(engine: ChildEngine, worker: Worker) -> dict[str, Any]:
+    """The sections of `stats` on an engine and what it keeps for others."""
+    stats = engine.stats()
+    return {
+        "pool": {
+            "implementation": engine.info.name,
+            "model": engine.info.model,
+            "max-concurrency": engine.info.max_num_seqs,
+            "processes": [engine.pid],
+            "heard_s_ago": round(time.monotonic() - engine.heard_s, 3),
+            "num_blocks": engine.info.num_blocks,
+            **msgspec.to_builtins(stats),
+        },
+        "transfer": {
+            "handles": worker.exported,
+            "bytes_used": stats.handle_bytes,
+            "bytes_free": stats.handle_bytes_free,
+        },
+    }
 
 
 def _broker(url: str) -> dict[str, Any]:

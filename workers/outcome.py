@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from pipeline.errors import (
     DeadlineExceeded,
     EngineDied,
     EngineDown,
     RedisUnavailable,
+    RetryLater,
+    TimeLimitExceeded,
     TransferError,
     Unservable,
     WireError,
@@ -18,7 +21,9 @@ from pipeline.protocol import KVHandle, LLMEngineOutput
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Done:
-    """The request is complete; its tokens are in the log."""
+    """The request is complete: its tokens are in the log, and `result` (what msgpack carries; None: none) is kept with it."""
+
+    result: Any = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,13 +39,15 @@ class Handover:
 class Retry:
     """The task waits again, ahead of new ones. A delivery without progress counts as an attempt when `counts`.
 
-    `backs_off`: not at once, but later each time. `is_suspect`: its engine died, perhaps of it, so it runs alone the next time.
+    `backs_off`: not at once, but later each time; `countdown`: after so many seconds. `is_suspect`: its engine died, perhaps of it,
+    so it runs alone the next time.
     """
 
     why: str
     counts: bool = True
     backs_off: bool = False
     is_suspect: bool = False
+    countdown: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,8 +79,10 @@ def classify(error: BaseException) -> Outcome:
     match error:
         case WireError():
             return Reject(str(error))
-        case Unservable():
+        case Unservable() | TimeLimitExceeded():
             return Fail(str(error))
+        case RetryLater():
+            return Retry(str(error), backs_off=error.countdown is None, countdown=error.countdown)
         case DeadlineExceeded():
             return Dropped(str(error))
         case EngineDown():

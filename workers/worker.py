@@ -7,36 +7,50 @@ that differs between stages:
 
     @worker.task("prefill", queue="prefill")
     async def prefill(task: Task) -> Outcome: ...
+
+A worker reads the lanes of one queue. Several tasks may share it: a request for a stage of one's own names its task.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, assert_never
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar, assert_never
 
 import msgspec
 import structlog
 
 from pipeline.config import QueueSettings, WorkerSettings
 from pipeline.connection import Connection, Subscription
-from pipeline.errors import BatonError, RedisUnavailable, WireError
+from pipeline.errors import BatonError, HandlerStuck, RedisUnavailable, WireError
 from pipeline.protocol import UNREADABLE, BellNote, CancelNote, FreeNote, KVHandle, Note, Request
 from pipeline.queue import LANES, Delivery, PoolQueue, Verdict, delivery_key
 from pipeline.waiting import wait_at_most
 from workers.holdings import Held, Holdings, Task
+from workers.limits import TimeLimits, run_within
 from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify
 from workers.policy import backoff_s, lane_looks
 from workers.reports import Reports
 
 log = structlog.get_logger("baton.worker")
 
-Handler = Callable[[Task], Awaitable[Outcome]]
+Handler = Callable[[Task], Coroutine[Any, Any, Outcome]]
+AnyHandler = TypeVar("AnyHandler", bound=Handler)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Registered:
+    """A task that this worker runs."""
+
+    handler: Handler
+    limits: TimeLimits
+    max_attempts: int
 
 
 class Capacity(Protocol):
@@ -85,7 +99,8 @@ class Worker:
         self._queue_settings = queue
         self._claims = 0
         self._stage = ""
-        self._handler: Handler | None = None
+        self._tasks: dict[str, Registered] = {}
+        self.is_stuck = False  # a handler does not end: this process has to
         # blocks that this worker owns until they are fetched: handle id -> request id
         self._exported: dict[str, str] = {}
         self._bell = asyncio.Event()
@@ -96,13 +111,18 @@ class Worker:
         self._decode_request = msgspec.msgpack.Decoder(Request).decode
         self._decode_handle = msgspec.msgpack.Decoder(KVHandle).decode
 
-    def task(self, name: str, *, queue: str) -> Callable[[Handler], Handler]:
-        """Register the handler of this worker's stage; `queue` is the stage whose lanes it reads."""
+    def task(
+        self, name: str, *, queue: str, time_limit: float | None = None, soft_time_limit: float | None = None,
+        max_attempts: int | None = None,
+    ) -> Callable[[AnyHandler], AnyHandler]:  # fmt: skip
+        """Register the handler of a task; `queue` is the stage whose lanes this worker reads. Limits: see `workers/limits.py`."""
+        if name in self._tasks or self._stage not in ("", queue):
+            raise ValueError(f"worker {self.name} already runs {self._stage}; it cannot run {name} of {queue}, too")
 
-        def register(handler: Handler) -> Handler:
-            if self._handler is not None:
-                raise ValueError(f"worker {self.name} already runs {self._stage}; it cannot run {name}, too")
-            self._stage, self._handler = queue, handler
+        def register(handler: AnyHandler) -> AnyHandler:
+            self._stage = queue
+            limits = TimeLimits(soft_time_limit, time_limit)
+            self._tasks[name] = Registered(handler, limits, max_attempts or self._settings.max_attempts)
             return handler
 
         return register
@@ -128,6 +148,11 @@ class Worker:
     def stage(self) -> str:
         """The stage whose tasks it runs."""
         return self._stage
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks that it runs."""
+        return sorted(self._tasks)
 
     @property
     def lanes(self) -> list[str]:
@@ -229,6 +254,8 @@ class Worker:
         held.is_settling = True
         await self._settle(held.task.delivery, outcome)
         self.reports.settled(held.task.delivery, outcome, time.monotonic() - started_s)
+        if self.is_stuck:  # only now: its request has ended, the others are handed back
+            self.leave_now()
 
     async def _reject(self, delivery: Delivery, rejected: Reject) -> None:
         await self._settle(delivery, rejected)
@@ -249,17 +276,30 @@ class Worker:
         return Task(delivery, msgspec.structs.replace(request, input=engines_view), handle)
 
     async def _run(self, held: Held) -> Outcome:
-        assert self._handler is not None
+        name = self._name_of(held.task.request)
+        task = self._tasks.get(name)
+        if task is None:
+            return Reject(f"unknown task {name!r}: worker {self.name} knows {', '.join(sorted(self._tasks))}")
         try:
-            return await self._handler(held.task)
+            return await run_within(task.limits, name, task.handler(held.task))
         except asyncio.CancelledError:
             if not held.dropped:
                 raise
             return Dropped(held.dropped)
+        except HandlerStuck as error:
+            self.is_stuck = True
+            then = "this worker hands back what it holds and ends"
+            log.error(
+                "handler does not end when it is stopped", request_id=held.id, task=name, why=str(error), then=then
+            )
+            return Dropped(held.dropped) if held.dropped else classify(error)
         except Exception as error:  # whatever a handler raises becomes an outcome of its task
             if not isinstance(error, BatonError):
                 log.exception("handler raised", request_id=held.id, stage=self._stage)
             return classify(error)
+
+    def _name_of(self, request: Request) -> str:
+        return self._stage if request.task is None else request.task.name
 
     async def _settle(self, delivery: Delivery, outcome: Outcome) -> bool:
         """Say the outcome to Redis; while Redis is away, wait with it: the scripts may be repeated. A worker that has to leave

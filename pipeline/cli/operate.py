@@ -119,7 +119,7 @@ def control(
 
 
 def purge(
-    stage: Annotated[str | None, typer.Option(help="Only this stage: prefill or decode.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Only this stage: prefill, decode or one of your own.")] = None,
     lane: Annotated[str | None, typer.Option(help="Only this lane: high, default, low or @worker.")] = None,
     force: ForceOption = False,
     pool: PoolOption = None,

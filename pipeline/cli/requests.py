@@ -18,7 +18,8 @@ from pipeline.errors import ConfigError
 from pipeline.ids import pool_of
 from pipeline.inspection import LaneState, as_dict, lane_states, task_state
 from pipeline.keys import PoolKeys
-from pipeline.queue import LANES, STAGES, PoolQueue
+from pipeline.queue import LANES, PoolQueue
+from pipeline.snapshot import stages_of
 
 UNKNOWN = "unknown: no request has this id, or its result is no longer kept"
 
@@ -41,10 +42,13 @@ async def show_lanes(source: Given, pool: str | None, workers: Sequence[str], *,
 
 def _table(lanes: list[LaneState]) -> list[str]:
     width = max([4, *(len(lane.lane) for lane in lanes)])
-    rows = [f"    {'stage':<8} {'lane':<{width}} {'waiting':>8} {'prompt tokens':>14} {'oldest':>10}"]
+    stages = max([8, *(len(lane.stage) for lane in lanes)])
+    rows = [f"    {'stage':<{stages}} {'lane':<{width}} {'waiting':>8} {'prompt tokens':>14} {'oldest':>10}"]
     for lane in lanes:
         oldest = "-" if lane.oldest_s is None else f"{lane.oldest_s:.1f} s"
-        rows.append(f"    {lane.stage:<8} {lane.lane:<{width}} {lane.waiting:>8} {lane.prompt_tokens:>14} {oldest:>10}")
+        rows.append(
+            f"    {lane.stage:<{stages}} {lane.lane:<{width}} {lane.waiting:>8} {lane.prompt_tokens:>14} {oldest:>10}"
+        )
     return rows
 
 
@@ -87,11 +91,10 @@ async def purge(
     source: Given, pool: str | None, stage: str | None, lane: str | None, *, force: bool, in_json: bool
 ) -> Exit:
     """End what waits now on the chosen lanes; asks first unless `force`. What comes later stays."""
-    if stage is not None and stage not in STAGES:
-        raise ConfigError(f"--stage: expected {' or '.join(STAGES)}, not {stage}")
     if lane is not None and lane not in LANES and not lane.startswith("@"):
         raise ConfigError(f"--lane: expected {', '.join(LANES)} or @worker, not {lane}")
     async with connected(source, pool) as place:
+        await _check_stage(place, stage)
         chosen = [(name, state) for name in place.pools for state in await _chosen(place, name, stage, lane)]
         waiting = sum(state.waiting for _, state in chosen)
         if not force:
@@ -110,6 +113,13 @@ async def purge(
     else:
         print(f"No requests purged from {_count(len(chosen), 'lane')}.")
     return Exit.OK
+
+
+async def _check_stage(place: Place, stage: str | None) -> None:
+    """Raises `ConfigError` naming the stages that there are; those of one's own are known once they had work or a worker."""
+    known = {name for pool in place.pools for name in await stages_of(place.connection, PoolKeys(pool))}
+    if stage is not None and stage not in known:
+        raise ConfigError(f"--stage: expected one of {', '.join(sorted(known))}, not {stage}")
 
 
 async def _chosen(place: Place, pool: str, stage: str | None, lane: str | None) -> list[LaneState]:

@@ -29,7 +29,7 @@ local EVENT_OF = {done = 'task-succeeded', failed = 'task-failed', cancelled = '
 -- A task joins (by = 1) or leaves (by = -1) those that wait on a lane.
 local function count_waiting(stage, lane, tokens, by)
   count('waiting:' .. stage .. ':' .. lane, by)
-  count('tokens:' .. stage .. ':' .. lane, by * tonumber(tokens))
+  count('tokens:' .. stage .. ':' .. lane, by * tonumber(tokens) + 0) -- of no tokens: -0 is no integer to Redis
 end
 
 local function ring(stage)
@@ -61,11 +61,11 @@ local function enqueue(id, stage, lane, tokens, blocks, version)
   return entry
 end
 
--- The request that the first eighteen arguments of admit and restore describe.
+-- The request that the first nineteen arguments of admit and restore describe.
 local function request_of(a)
   return {id = a[1], stage = a[2], lane = a[3], body = a[4], tokens = a[5], blocks = a[6], n = a[7], version = a[8], api = a[9],
     deadline_s = a[10], ttl = a[11], dead_ttl = a[12], priority = a[13], idem = a[14], linger = a[15], delay_ms = tonumber(a[16]),
-    replay_of = a[17], digest = a[18]}
+    replay_of = a[17], digest = a[18], notify = a[19]}
 end
 
 -- Stores a request and lets it wait: on its lane, or until its delay is over.
@@ -76,6 +76,7 @@ local function store(r, epoch)
   redis.call('HSET', key_req(r.id), 'body', r.body, 'epoch', epoch, 'api', r.api, 'tokens', r.tokens, 'blocks', r.blocks,
     'n', r.n, 'v', r.version, 'deadline', deadline, 'ttl', r.ttl, 'dead_ttl', r.dead_ttl, 'idem', r.idem, 'attempts', 0,
     'priority', r.priority, 't_admitted', now, 'linger', r.linger, 'digest', r.digest)
+  if r.notify ~= '' then redis.call('HSET', key_req(r.id), 'notify', r.notify) end
   if r.replay_of ~= '' then redis.call('HSET', key_req(r.id), 'replay_of', r.replay_of) end
   redis.call('ZADD', key_deadlines(), deadline, r.id)
   if r.linger ~= '' then redis.call('SADD', key_served(r.api), r.id) end
@@ -111,11 +112,12 @@ local function free_handle(id, handle_id, handle_owner)
   redis.call('PUBLISH', key_ctl(handle_owner), cmsgpack.pack({'free', handle_id}))
 end
 
--- Ends a request: the first caller wins, later ones get its answer {state, reason}. `by` is the worker that asks, or ''.
-local function finish(id, state, reason, by)
+-- Ends a request: the first caller wins, later ones get its answer {state, reason}. `by` is the worker that asks, or ''; `result`
+-- what its task gave, or nil.
+local function finish(id, state, reason, by, result)
   local req = key_req(id)
   local h = redis.call('HMGET', req, 'state', 'reason', 'stage', 'lane', 'entry', 'owner', 'epoch', 'api', 'watch',
-    'handle_id', 'handle_owner', 'n', 'tokens', 'cached', 'ttl', 'idem')
+    'handle_id', 'handle_owner', 'n', 'tokens', 'cached', 'ttl', 'idem', 'notify')
   if not h[1] then return {'gone', ''} end
   if is_ended(h[1]) then return {h[1], h[2]} end
   redis.call('ZREM', key_deadlines(), id) -- a first write that Redis allows when memory is full lets the rest through
@@ -136,6 +138,7 @@ local function finish(id, state, reason, by)
     redis.call('EXPIRE', key_log(id, choice), h[15])
   end
   redis.call('HSET', req, 'state', state, 'reason', reason, 't_ended', now_us(), 'completion', completion)
+  if result and result ~= '' then redis.call('HSET', req, 'result', result) end
   local timeline = redis.call('HMGET', req, 't_admitted', 't_claimed_prefill', 't_handover', 't_claimed_decode', 't_fetched',
     't_first_token', 't_ended')
   for i = 1, 7 do timeline[i] = tonumber(timeline[i] or 0) end
@@ -143,7 +146,7 @@ local function finish(id, state, reason, by)
     redis.call('PUBLISH', key_ctl(h[6]), cmsgpack.pack({'cancel', id, tonumber(h[7])}))
   end
   free_handle(id, h[10], h[11])
-  publish(id, h[8], h[9], cmsgpack.pack({{'e', id, state, reason, tonumber(h[13]), completion, tonumber(h[14] or 0), h[3],
+  publish(id, h[8] ~= '' and h[8] or h[17], h[9], cmsgpack.pack({{'e', id, state, reason, tonumber(h[13]), completion, tonumber(h[14] or 0), h[3],
     timeline}}))
   count('ended:' .. state, 1)
   redis.call('EXPIRE', req, h[15])

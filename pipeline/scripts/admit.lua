@@ -3,13 +3,13 @@
 -- ARGV: id, stage, lane, body, prompt tokens, blocks, n, wire version, api, deadline s, result ttl s, dead ttl s,
 --       priority (high, default, low), idempotency key or '', linger ms (how long it goes on without a reader, or after its API
 --       process ended; '' to its end), delay ms, id of the dead-lettered request that this one repeats or '', digest of what the
---       idempotency key stands for, max waiting tasks, max waiting tokens
+--       idempotency key stands for, process that wants to hear of the end alone or '', max waiting tasks, max waiting tokens
 -- Answers: {'ok', waiting tasks of the lane} | {'duplicate', id of the first} | {'conflict', id of the first}
 --          | {'full', waiting tasks, waiting tokens}
 -- Called twice: the request exists, so the answer is 'ok' again.
 -- A key names its first request while that lives or is done. One that came to nothing gives way to the next with the same digest.
 local r = request_of(ARGV)
-local max_tasks, max_tokens = tonumber(ARGV[19]), tonumber(ARGV[20])
+local max_tasks, max_tokens = tonumber(ARGV[20]), tonumber(ARGV[21])
 
 local waiting = redis.call('HMGET', key_counters(), 'waiting:' .. r.stage .. ':' .. r.lane, 'tokens:' .. r.stage .. ':' .. r.lane)
 local tasks_waiting, tokens_waiting = tonumber(waiting[1] or 0), tonumber(waiting[2] or 0)
@@ -25,6 +25,7 @@ if tasks_waiting >= max_tasks or tokens_waiting + tonumber(r.tokens) > max_token
 end
 store(r, 0)
 if r.idem ~= '' then redis.call('SET', key_idem(r.idem), r.id) end
+redis.call('SADD', key_stages(), r.stage) -- sweeps visit it and operators see it, with no worker of it yet
 count('admitted', 1)
 event('task-sent', r.id, r.stage, r.lane, '', r.replay_of)
 return {'ok', tasks_waiting + 1}

@@ -172,6 +172,13 @@ async def _lose_a_log(fleet: Fleet) -> None:
     await fleet.queue.restore(admission, LIMITS, Log(tokens=[[]], finished=[None]))
 
 
+async def _ask_how_it_stands(fleet: Fleet) -> None:
+    """Who waits for the result of a request that nobody streams."""
+    item = request(20, max_tokens=3)
+    await fleet.queue.admit(Admission(item, "prefill", "default", 4, "", notify="driver"), LIMITS)
+    await fleet.queue.standing([item.id], with_results=True)
+
+
 async def _purge(fleet: Fleet) -> None:
     """A request that would wait for an hour."""
     await fleet.queue.admit(Admission(request(20), "decode", "low", 4, "driver", priority="low", delay_s=3600), LIMITS)
@@ -197,6 +204,7 @@ PROVOKERS: dict[str, Provoke] = {
     "cancel": _leave_early,
     "linger": _leave_for_a_while,
     "restore": _lose_a_log,
+    "standing": _ask_how_it_stands,
     "purge": _purge,
     "drop": _bury_and_drop,
 }

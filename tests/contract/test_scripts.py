@@ -190,6 +190,11 @@ async def _attached(story: Story) -> str:
     return f"{standing.state}, {len(standing.log.tokens[0])} token(s)" if standing else "unknown"
 
 
+async def _stands(story: Story) -> str:
+    (brief,) = await story.queue.standing([ID], with_results=True)
+    return f"{brief.state} in {brief.stage}" if brief else "unknown"
+
+
 async def _swept(story: Story) -> str:
     """The only script whose second call may answer less: what was to be done is done."""
     done = await story.queue.sweep("sweeper", interval_s=60, lease_s=60, max_attempts=3)
@@ -204,8 +209,8 @@ async def _evicted(story: Story) -> str:
     return f"{await story.queue.evict(role, _owner(story), max_attempts=3)} given back"
 
 
-async def _ended(story: Story, state: str, worker: str, epoch: int | None) -> str:
-    return " ".join(await story.queue.end(ID, state, "asked", worker=worker, epoch=epoch)).strip()
+async def _ended(story: Story, state: str, worker: str, epoch: int | None, result: bytes = b"") -> str:
+    return " ".join(await story.queue.end(ID, state, "asked", worker=worker, epoch=epoch, result=result)).strip()
 
 
 def _owner(story: Story) -> str:
@@ -234,9 +239,10 @@ SCRIPTS: dict[str, Callable[[Story], Awaitable[str]]] = {
     "handover": _handed,
     "fetched": lambda story: _name(story.queue.fetched(story.delivery, _owner(story))),
     "step": _step,
-    "end (owner)": lambda story: _ended(story, "done", _owner(story), story.delivery.epoch),
+    "end (owner)": lambda story: _ended(story, "done", _owner(story), story.delivery.epoch, b"kept"),
     "cancel": lambda story: _ended(story, "cancelled", "", None),
     "attach": _attached,
+    "standing": _stands,
     "linger": lambda story: story.queue.linger(ID, 60),
     "renew": _renewed,
     "handback": lambda story: story.queue.hand_back(
