@@ -17,6 +17,7 @@ import structlog
 
 from pipeline.config import QueueSettings, RouterSettings, WorkerSettings
 from pipeline.connection import Connection, Subscription
+from pipeline.ends import Ends
 from pipeline.errors import BatonError, LowLaneFull, QueueFull, RedisUnavailable
 from pipeline.protocol import UNREADABLE, EndItem, Frame, Log, Request
 from pipeline.queue import Admission, Limits, PoolQueue, Restored
@@ -61,6 +62,8 @@ class PoolClient:
         self._load = self._snapshot.load()
         self._drained_per_s: dict[str, float] = {}
         self._router = DisaggregatedRouter(router)
+        self.ends = Ends(self.queue.standing)
+        self._answered_s = time.monotonic()  # when Redis last answered a call of the background
         self._subscription: Subscription | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._abandoned: set[asyncio.Task[None]] = set()
@@ -116,6 +119,29 @@ class PoolClient:
             await self._forget(stream)
             raise
         return stream
+
+    async def admit(
+        self, request: Request, *, stage: str = "", priority: str = "default", deadline_s: float | None = None,
+        delay_s: float = 0.0, idempotency_key: str = "",
+    ) -> str:  # fmt: skip
+        """Admit a request that nobody streams; `ends.wait` tells when it is over. Returns its id, or that of the first request of the
+        key. It goes on whatever becomes of this process. `stage`: of one's own; left out: where the router says.
+
+        Raises `QueueFull` with `retry_after_s`, `RedisUnavailable`.
+        """
+        admission = Admission(
+            request, stage, priority, 1, "", priority=priority, idempotency_key=idempotency_key, delay_s=delay_s,
+            notify=self._name,
+        )  # fmt: skip
+        if not stage:
+            admission = self._route(admission)
+        try:
+            return await self.queue.admit(admission, self._limits(priority, deadline_s))
+        except QueueFull as refusal:
+            raise self._refusal(admission, refusal) from refusal
+        except asyncio.CancelledError:
+            self._abandon(request.id)
+            raise
 
     def _route(self, admission: Admission) -> Admission:
         """Where it starts, as the pool looks now."""
@@ -219,6 +245,8 @@ class PoolClient:
                 self._resubscribed(self.queue.keys.bus(self._name))
                 continue
             for item in items:
+                if isinstance(item, EndItem):
+                    self.ends.feed(item.id)
                 for stream in streams.get(item.id, ()):
                     if isinstance(item, EndItem):
                         stream.feed_end(item)
@@ -243,11 +271,14 @@ class PoolClient:
                     self._name, interval_s=self._worker.sweep_s, lease_s=self._worker.lease_s,
                     max_attempts=self._worker.max_attempts,
                 )  # fmt: skip
-                self.redis_error = None
+                await self.ends.look()
+                self.redis_error, self._answered_s = None, time.monotonic()
             except BatonError as error:
                 if self.redis_error is None:
                     log.warning("Redis does not answer, requests wait", pool=self.pool, error=str(error))
                 self.redis_error = str(error)
+                if time.monotonic() - self._answered_s > self._settings.deadline_s:
+                    self.ends.fail(error)
             now_s = time.monotonic()
             for readers in list(self._streams.values()):
                 for stream in readers:

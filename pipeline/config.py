@@ -78,6 +78,7 @@ class QueueSettings(Section, frozen=True, kw_only=True):
     max_waiting_tokens: Amount = 100_000_000  # queued prompt tokens a lane
     deadline_s: Positive = 600.0
     result_ttl_s: Positive = 600.0  # how long an ended request can be read
+    max_result_bytes: Count = 1_048_576  # a larger result of a task of one's own fails it
     dead_ttl_s: Positive = 86_400.0  # how long a dead-lettered request can be shown and replayed
     overtake_ms: Amount = 2000  # longest that a task which does not fit is passed over
     guard_ms: Amount = 10_000  # what has waited so long on a lower lane gets each eighth claim
@@ -108,6 +109,7 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
         0.5  # wait before the first retry of a task that failed; doubled each time, with jitter
     )
     retry_backoff_max_s: NotNegative = 10.0
+    concurrency: Count = 4  # tasks of one's own that a worker runs at once
 
 
 class TorchSettings(Section, frozen=True, kw_only=True):

@@ -3,7 +3,8 @@
 BatonError
 ├── InvalidRequest            bad input; `param` names the JSON path
 │   ├── ContextLengthExceeded
-│   └── ModelNotFound
+│   ├── ModelNotFound
+│   └── RequestNotFound       no such request, or its record has expired
 ├── Refused                   not admitted; `retry_after_s` says when to come again
 │   ├── QueueFull
 │   │   └── LowLaneFull
@@ -11,6 +12,10 @@ BatonError
 ├── DeadlineExceeded          the request's time ran out; `stage` says where
 ├── RequestFailed             accepted, then ended as failed or dead-lettered
 │   └── RequestCancelled      accepted, then ended by somebody before it was done
+├── RetryLater                raised by a task's handler: try this task again
+├── TimeLimitExceeded         a task's handler ran for longer than it may
+│   ├── SoftTimeLimitExceeded raised inside the handler, which may still return something
+│   └── HandlerStuck          it did not even end when it was stopped
 ├── EngineError
 │   ├── Unservable            this engine cannot serve the model or the request, ever
 │   ├── KVLost                the blocks behind a handle are not what the handle says; recompute
@@ -54,6 +59,12 @@ class ModelNotFound(InvalidRequest):
     """No pool of that name is configured."""
 
     code = "model_not_found"
+
+
+class RequestNotFound(InvalidRequest):
+    """No request of that id is known here; the record of an ended one is kept for `queue.result_ttl_s`."""
+
+    code = "request_not_found"
 
 
 class Refused(BatonError):
@@ -106,6 +117,31 @@ class RequestCancelled(RequestFailed):
     """An accepted request was cancelled before it was done."""
 
     code = "cancelled"
+
+
+class RetryLater(BatonError):
+    """A handler of a task of one's own asks for another try: after `countdown` seconds, or (None) later each time."""
+
+    code = "retry_later"
+    retryable = True
+
+    def __init__(self, message: str, *, countdown: float | None = None) -> None:
+        super().__init__(message)
+        self.countdown = countdown
+
+
+class TimeLimitExceeded(BatonError):
+    """A handler ran for longer than its task may; repeating it would take as long again."""
+
+    code = "time_limit"
+
+
+class SoftTimeLimitExceeded(TimeLimitExceeded):
+    """Raised inside a handler at its soft limit: it may clean up, and return what it has, until the hard one."""
+
+
+class HandlerStuck(TimeLimitExceeded):
+    """A handler that was stopped at its hard limit goes on all the same; only the end of its process ends it."""
 
 
 class EngineError(BatonError):

@@ -70,6 +70,14 @@ def is_pool_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+RESERVED_QUEUES = ("prefill", "decode", "api", "pool")  # Baton's own stages, and names that channels use
+
+
+def is_own_queue(name: str) -> bool:
+    """Whether a name may be that of a queue of one's own."""
+    return is_pool_name(name) and name not in RESERVED_QUEUES
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PoolKeys:
     """The keys of one pool."""

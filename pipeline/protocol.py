@@ -96,16 +96,35 @@ class BackendInput(Wire, frozen=True, kw_only=True, tag="backend_input.v1", tag_
     annotations: list[str] = []
 
 
+class TaskCall(Wire, frozen=True, kw_only=True):
+    """A call of a task of one's own: its name and its arguments, as msgpack carries them."""
+
+    name: str
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+
+
 class Request(Wire, frozen=True, kw_only=True, tag="request.v1", tag_field="type"):
-    """What a client asked for, stored once at admission. `kind` says which answer shape a reader gives it."""
+    """What a client asked for, stored once at admission. `kind` says which answer shape a reader gives it.
+
+    `task`: set where it is for a stage of one's own. Its `input` is then `no_input`: there is nothing for an engine in it.
+    """
 
     id: str
-    kind: str  # "chat.completion" | "text_completion"
+    kind: str  # "chat.completion" | "text_completion" | "task"
     created_s: int
     input: BackendInput
     include_usage: bool = False
     resumable: bool = False
     owner: str = ""  # digest of the API key that created it; reading and cancelling need the same
+    task: TaskCall | None = None
+
+
+def no_input(request_id: str, pool: str) -> BackendInput:
+    """The input of a request that no engine will see: no prompt, and one choice whose log takes what its task emits."""
+    return BackendInput(
+        request_id=request_id, model=pool, token_ids=[], stop_conditions=StopConditions(), sampling_options=SamplingOptions()
+    )  # fmt: skip
 
 
 class KVHandle(Wire, frozen=True, kw_only=True, tag="kv_handle.v1", tag_field="type"):

@@ -101,6 +101,23 @@ class Standing:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Brief:
+    """How a request stands, in short: for who waits for its result. `is_retry`: it failed and waits for its next try."""
+
+    state: str
+    reason: str
+    stage: str
+    choices: int
+    is_retry: bool
+    result: bytes  # of its task, where that gave one
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.state in ENDED_STATES
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
     """Admission limits and times of one request."""
 
@@ -124,6 +141,7 @@ class Admission:
     idempotency_key: str = ""
     linger_s: float | None = None  # it goes on for so long after its API process ended; None: to its end
     delay_s: float = 0.0  # nobody may claim it before
+    notify: str = ""  # without an `api`: the process that hears of its end, and of nothing before
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -167,7 +185,7 @@ class PoolQueue:
         """
         lane, stage = admission.lane, admission.stage
         answer = await self._call(
-            "admit", *self._stored(admission, limits), limits.max_waiting_tasks, limits.max_waiting_tokens,
+            "admit", *self._stored(admission, limits), limits.max_waiting_tasks, limits.max_waiting_tokens, admission.notify,
             waits_for_memory=False,
         )  # fmt: skip
         if answer[0] == b"full":
@@ -206,11 +224,16 @@ class PoolQueue:
         timeline = Timeline(*(int(value) for value in answer[6:13]))
         return Standing(state, reason, stage, prompt, completion, cached, timeline, _log(answer[13:]))
 
+    async def standing(self, request_ids: Sequence[str], *, with_results: bool = False) -> list[Brief | None]:
+        """How each of these requests stands; None for those that are unknown."""
+        rows = await self._call("standing", "1" if with_results else "", *request_ids)
+        return [_brief(row) if row else None for row in rows]
+
     async def end(
-        self, request_id: str, state: str, reason: str = "", *, worker: str = "", epoch: int | None = None
-    ) -> tuple[str, str]:
+        self, request_id: str, state: str, reason: str = "", *, worker: str = "", epoch: int | None = None, result: bytes = b""
+    ) -> tuple[str, str]:  # fmt: skip
         """End a request; the first call wins. Returns (state, reason) as it stands, ("fenced", "") or ("gone", "")."""
-        answer = await self._call("end", request_id, state, reason, worker, "" if epoch is None else epoch)
+        answer = await self._call("end", request_id, state, reason, worker, "" if epoch is None else epoch, result)
         return answer[0].decode(), answer[1].decode()
 
     async def cancel(self, request_id: str, reason: str) -> tuple[str, str]:
@@ -321,6 +344,11 @@ class PoolQueue:
 
 def _verdict(answer: Sequence[bytes]) -> Verdict:
     return {b"ok": Verdict.ACCEPTED, b"fenced": Verdict.FENCED, b"ended": Verdict.ENDED}[answer[0]]
+
+
+def _brief(row: Sequence[bytes]) -> Brief:
+    state, reason, stage = (part.decode() for part in row[:3])
+    return Brief(state, reason, stage, int(row[3]), row[4] == b"1", row[5])
 
 
 def _log(rows: Sequence[bytes]) -> Log:

@@ -80,11 +80,11 @@ class System:
         self.processes.append(process)
         return process
 
-    async def worker(self, stage: str, *overrides: str) -> subprocess.Popen[bytes]:
-        """Start one worker and wait until it is registered."""
+    async def worker(self, stage: str, *overrides: str, app: str = "") -> subprocess.Popen[bytes]:
+        """Start one worker and wait until it is registered. `app`: the module of a stage of one's own."""
         before = set(await self.alive(stage))
         sets = [part for override in overrides for part in ("--set", override)]
-        process = self.spawn("workers", stage, *sets)
+        process = self.spawn("workers", stage, *sets, *(("--app", app) if app else ()))
         await self.until(lambda: self._joined(stage, before, process))
         return process
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+import msgspec
 
 from pipeline.errors import (
     DeadlineExceeded,
     EngineDied,
     EngineDown,
     RedisUnavailable,
+    RetryLater,
+    TimeLimitExceeded,
     TransferError,
     Unservable,
     WireError,
@@ -18,7 +23,9 @@ from pipeline.protocol import KVHandle, LLMEngineOutput
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Done:
-    """The request is complete; its tokens are in the log."""
+    """The request is complete: its tokens are in the log, and `result` (what msgpack carries; None: none) is kept with it."""
+
+    result: Any = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,13 +41,15 @@ class Handover:
 class Retry:
     """The task waits again, ahead of new ones. A delivery without progress counts as an attempt when `counts`.
 
-    `backs_off`: not at once, but later each time. `is_suspect`: its engine died, perhaps of it, so it runs alone the next time.
+    `backs_off`: not at once, but later each time; `countdown`: after so many seconds. `is_suspect`: its engine died, perhaps of it,
+    so it runs alone the next time.
     """
 
     why: str
     counts: bool = True
     backs_off: bool = False
     is_suspect: bool = False
+    countdown: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,8 +81,10 @@ def classify(error: BaseException) -> Outcome:
     match error:
         case WireError():
             return Reject(str(error))
-        case Unservable():
+        case Unservable() | TimeLimitExceeded():
             return Fail(str(error))
+        case RetryLater():
+            return Retry(str(error), backs_off=error.countdown is None, countdown=error.countdown)
         case DeadlineExceeded():
             return Dropped(str(error))
         case EngineDown():
@@ -86,3 +97,16 @@ def classify(error: BaseException) -> Outcome:
             return Retry(str(error), backs_off=True)
         case _:
             return Retry(f"{type(error).__name__}: {error}", backs_off=True)
+
+
+def packed(outcome: Outcome, max_bytes: int) -> Outcome:
+    """The outcome with its result as it is stored; a result that cannot be stored fails the request."""
+    if not isinstance(outcome, Done) or outcome.result is None:
+        return outcome
+    try:
+        data = msgspec.msgpack.encode(outcome.result)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        return Fail(f"its result cannot be stored: {error}")
+    if len(data) > max_bytes:
+        return Fail(f"its result has {len(data)} bytes, more than queue.max_result_bytes ({max_bytes})")
+    return Done(data)

@@ -7,35 +7,49 @@ that differs between stages:
 
     @worker.task("prefill", queue="prefill")
     async def prefill(task: Task) -> Outcome: ...
+
+A worker reads the lanes of one queue. Several tasks may share it: a request for a stage of one's own names its task.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, assert_never
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar, assert_never
 
 import msgspec
 import structlog
 
 from pipeline.config import QueueSettings, WorkerSettings
 from pipeline.connection import Connection, Subscription
-from pipeline.errors import BatonError, RedisUnavailable, WireError
+from pipeline.errors import BatonError, HandlerStuck, RedisUnavailable, WireError
 from pipeline.protocol import UNREADABLE, BellNote, CancelNote, FreeNote, KVHandle, Note, Request
 from pipeline.queue import LANES, Delivery, PoolQueue, Verdict, delivery_key
 from pipeline.waiting import wait_at_most
 from workers.holdings import Held, Holdings, Task
-from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify
+from workers.limits import TimeLimits, run_within
+from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify, packed
 from workers.policy import backoff_s, lane_looks
 
 log = structlog.get_logger("baton.worker")
 
-Handler = Callable[[Task], Awaitable[Outcome]]
+Handler = Callable[[Task], Coroutine[Any, Any, Outcome]]
+AnyHandler = TypeVar("AnyHandler", bound=Handler)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Registered:
+    """A task that this worker runs."""
+
+    handler: Handler
+    limits: TimeLimits
+    max_attempts: int
 
 
 class Capacity(Protocol):
@@ -83,7 +97,8 @@ class Worker:
         self._queue_settings = queue
         self._claims = 0
         self._stage = ""
-        self._handler: Handler | None = None
+        self._tasks: dict[str, Registered] = {}
+        self.is_stuck = False  # a handler does not end: this process has to
         # blocks that this worker owns until they are fetched: handle id -> request id
         self._exported: dict[str, str] = {}
         self._bell = asyncio.Event()
@@ -94,13 +109,18 @@ class Worker:
         self._decode_request = msgspec.msgpack.Decoder(Request).decode
         self._decode_handle = msgspec.msgpack.Decoder(KVHandle).decode
 
-    def task(self, name: str, *, queue: str) -> Callable[[Handler], Handler]:
-        """Register the handler of this worker's stage; `queue` is the stage whose lanes it reads."""
+    def task(
+        self, name: str, *, queue: str, time_limit: float | None = None, soft_time_limit: float | None = None,
+        max_attempts: int | None = None,
+    ) -> Callable[[AnyHandler], AnyHandler]:  # fmt: skip
+        """Register the handler of a task; `queue` is the stage whose lanes this worker reads. Limits: see `workers/limits.py`."""
+        if name in self._tasks or self._stage not in ("", queue):
+            raise ValueError(f"worker {self.name} already runs {self._stage}; it cannot run {name} of {queue}, too")
 
-        def register(handler: Handler) -> Handler:
-            if self._handler is not None:
-                raise ValueError(f"worker {self.name} already runs {self._stage}; it cannot run {name}, too")
-            self._stage, self._handler = queue, handler
+        def register(handler: AnyHandler) -> AnyHandler:
+            self._stage = queue
+            limits = TimeLimits(soft_time_limit, time_limit)
+            self._tasks[name] = Registered(handler, limits, max_attempts or self._settings.max_attempts)
             return handler
 
         return register
@@ -111,6 +131,11 @@ class Worker:
             self._give_up_s = time.monotonic() + self._settings.drain_s
         self._draining.set()
         self._bell.set()
+
+    def leave_now(self) -> None:
+        """Drain without waiting: what is held is handed back at once, and no attempt is counted. May be called twice."""
+        self.drain()
+        self._give_up_s = time.monotonic()
 
     def wake(self) -> None:
         """Capacity has changed: look at the lanes again."""
@@ -188,7 +213,7 @@ class Worker:
         try:
             held = Held(self._decode(delivery))
         except WireError as error:
-            job = asyncio.create_task(self._settle(delivery, Reject(str(error))), name=name)
+            job = asyncio.create_task(self._settle(delivery, Reject(str(error)), max_attempts=0), name=name)
         else:
             self._holdings.add(held)  # before the next claim, which counts it
             job = held.job = asyncio.create_task(self._deliver(held), name=name)
@@ -197,10 +222,12 @@ class Worker:
 
     async def _deliver(self, held: Held) -> None:
         started_s = time.monotonic()
-        outcome = await self._run(held)
+        outcome = packed(await self._run(held), self._queue_settings.max_result_bytes)
         held.is_settling = True
-        await self._settle(held.task.delivery, outcome)
+        await self._settle(held.task.delivery, outcome, self._max_attempts(held))
         self._report(held.task.delivery, outcome, time.monotonic() - started_s)
+        if self.is_stuck:  # only now: its request has ended, the others are handed back
+            self.leave_now()
 
     def _let_go(self, held: Held) -> None:
         """Its job is over, also when it was cancelled before its first step."""
@@ -217,24 +244,41 @@ class Worker:
         return Task(delivery, msgspec.structs.replace(request, input=engines_view), handle)
 
     async def _run(self, held: Held) -> Outcome:
-        assert self._handler is not None
+        name = self._name_of(held.task.request)
+        task = self._tasks.get(name)
+        if task is None:
+            return Reject(f"unknown task {name!r}: worker {self.name} knows {', '.join(sorted(self._tasks))}")
         try:
-            return await self._handler(held.task)
+            return await run_within(task.limits, name, task.handler(held.task))
         except asyncio.CancelledError:
             if not held.dropped:
                 raise
             return Dropped(held.dropped)
+        except HandlerStuck as error:
+            self.is_stuck = True
+            then = "this worker hands back what it holds and ends"
+            log.error(
+                "handler does not end when it is stopped", request_id=held.id, task=name, why=str(error), then=then
+            )
+            return Dropped(held.dropped) if held.dropped else classify(error)
         except Exception as error:  # whatever a handler raises becomes an outcome of its task
             if not isinstance(error, BatonError):
                 log.exception("handler raised", request_id=held.id, stage=self._stage)
             return classify(error)
 
-    async def _settle(self, delivery: Delivery, outcome: Outcome) -> bool:
+    def _name_of(self, request: Request) -> str:
+        return self._stage if request.task is None else request.task.name
+
+    def _max_attempts(self, held: Held) -> int:
+        task = self._tasks.get(self._name_of(held.task.request))
+        return task.max_attempts if task else self._settings.max_attempts
+
+    async def _settle(self, delivery: Delivery, outcome: Outcome, max_attempts: int) -> bool:
         """Say the outcome to Redis; while Redis is away, wait with it: the scripts may be repeated. A worker that has to leave
         gives up and says so: the lease runs out and another one goes on."""
         while True:
             try:
-                await self._say(delivery, outcome)
+                await self._say(delivery, outcome, max_attempts)
                 return True
             except RedisUnavailable as error:
                 leaves = time.monotonic() >= self._give_up_s
@@ -243,18 +287,19 @@ class Worker:
                 if leaves:
                     return False
 
-    async def _say(self, delivery: Delivery, outcome: Outcome) -> None:
-        attempts = self._settings.max_attempts
+    async def _say(self, delivery: Delivery, outcome: Outcome, max_attempts: int) -> None:
         match outcome:
             case Done():
-                await self.queue.end(delivery.id, "done", worker=self.name, epoch=delivery.epoch)
+                await self.queue.end(
+                    delivery.id, "done", worker=self.name, epoch=delivery.epoch, result=outcome.result or b""
+                )
             case Handover():
                 await self._hand_over(delivery, outcome)
             case Retry():
                 await self._resources.cancel(delivery.key)
                 await self.queue.hand_back(
-                    delivery, self.name, counts=outcome.counts, max_attempts=attempts, why=outcome.why,
-                    delay_s=self._delay_s(delivery) if outcome.backs_off else 0.0, is_suspect=outcome.is_suspect,
+                    delivery, self.name, counts=outcome.counts, max_attempts=max_attempts, why=outcome.why,
+                    delay_s=self._delay_s(delivery, outcome), is_suspect=outcome.is_suspect,
                 )  # fmt: skip
             case Reject():
                 await self.queue.hand_back(delivery, self.name, counts=True, max_attempts=0, why=outcome.why)
@@ -265,8 +310,10 @@ class Worker:
             case _:
                 assert_never(outcome)
 
-    def _delay_s(self, delivery: Delivery) -> float:
+    def _delay_s(self, delivery: Delivery, outcome: Retry) -> float:
         settings = self._settings
+        if outcome.countdown is not None or not outcome.backs_off:
+            return outcome.countdown or 0.0
         return backoff_s(delivery.attempts, settings.retry_backoff_s, settings.retry_backoff_max_s, random.random())
 
     async def _hand_over(self, delivery: Delivery, outcome: Handover) -> None:
@@ -367,7 +414,10 @@ class Worker:
             if held.job is not None:
                 held.job.cancel()
                 await asyncio.wait([held.job], timeout=5)
-            if not await self._settle(held.task.delivery, Retry("drained", counts=False)):
+                if not held.job.done():
+                    self.is_stuck = True
+                    log.error("handler does not end when it is stopped", request_id=held.id, then="this process ends")
+            if not await self._settle(held.task.delivery, Retry("drained", counts=False), self._max_attempts(held)):
                 return
 
 

@@ -16,6 +16,7 @@ class Exit(enum.IntEnum):
     USAGE = 2
     UNAVAILABLE_HERE = 3
     NO_ANSWER = 4
+    TASK_STUCK = 70  # of a worker of a stage of one's own
     INTERRUPTED = 130
 
 

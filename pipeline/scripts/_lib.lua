@@ -21,7 +21,7 @@ end
 -- A task joins (by = 1) or leaves (by = -1) those that wait on a lane.
 local function count_waiting(stage, lane, tokens, by)
   count('waiting:' .. stage .. ':' .. lane, by)
-  count('tokens:' .. stage .. ':' .. lane, by * tonumber(tokens))
+  count('tokens:' .. stage .. ':' .. lane, by * tonumber(tokens) + 0) -- of no tokens: -0 is no integer to Redis
 end
 
 local function ring(stage)
@@ -101,11 +101,12 @@ local function free_handle(id, handle_id, handle_owner)
   redis.call('PUBLISH', key_ctl(handle_owner), cmsgpack.pack({'free', handle_id}))
 end
 
--- Ends a request: the first caller wins, later ones get its answer {state, reason}. `by` is the worker that asks, or ''.
-local function finish(id, state, reason, by)
+-- Ends a request: the first caller wins, later ones get its answer {state, reason}. `by` is the worker that asks, or ''; `result`
+-- what its task gave, or nil.
+local function finish(id, state, reason, by, result)
   local req = key_req(id)
   local h = redis.call('HMGET', req, 'state', 'reason', 'stage', 'lane', 'entry', 'owner', 'epoch', 'api', 'watch',
-    'handle_id', 'handle_owner', 'n', 'tokens', 'cached', 'ttl', 'idem')
+    'handle_id', 'handle_owner', 'n', 'tokens', 'cached', 'ttl', 'idem', 'notify')
   if not h[1] then return {'gone', ''} end
   if is_ended(h[1]) then return {h[1], h[2]} end
   redis.call('ZREM', key_deadlines(), id) -- a first write that Redis allows when memory is full lets the rest through
@@ -126,6 +127,7 @@ local function finish(id, state, reason, by)
     redis.call('EXPIRE', key_log(id, choice), h[15])
   end
   redis.call('HSET', req, 'state', state, 'reason', reason, 't_ended', now_us(), 'completion', completion)
+  if result and result ~= '' then redis.call('HSET', req, 'result', result) end
   local timeline = redis.call('HMGET', req, 't_admitted', 't_claimed_prefill', 't_handover', 't_claimed_decode', 't_fetched',
     't_first_token', 't_ended')
   for i = 1, 7 do timeline[i] = tonumber(timeline[i] or 0) end
@@ -133,7 +135,7 @@ local function finish(id, state, reason, by)
     redis.call('PUBLISH', key_ctl(h[6]), cmsgpack.pack({'cancel', id, tonumber(h[7])}))
   end
   free_handle(id, h[10], h[11])
-  publish(id, h[8], h[9], cmsgpack.pack({{'e', id, state, reason, tonumber(h[13]), completion, tonumber(h[14] or 0), h[3],
+  publish(id, h[8] ~= '' and h[8] or h[17], h[9], cmsgpack.pack({{'e', id, state, reason, tonumber(h[13]), completion, tonumber(h[14] or 0), h[3],
     timeline}}))
   count('ended:' .. state, 1)
   redis.call('EXPIRE', req, h[15])

@@ -2,7 +2,7 @@
 -- KEYS: root
 -- ARGV: id, stage, lane, body, prompt tokens, blocks, n, wire version, api, deadline s, result ttl s, dead ttl s,
 --       priority (high, default, low), idempotency key or '', linger ms (how long it goes on after its API process ended; '' for
---       ever), delay ms, max waiting tasks, max waiting tokens
+--       ever), delay ms, max waiting tasks, max waiting tokens, process that wants to hear of the end alone or ''
 -- Answers: {'ok', waiting tasks of the lane} | {'duplicate', id of the first} | {'full', waiting tasks, waiting tokens}
 -- Called twice: the request exists, so the answer is 'ok' again.
 local r = request_of(ARGV)
@@ -19,6 +19,7 @@ if tasks_waiting >= max_tasks or tokens_waiting + tonumber(r.tokens) > max_token
   return {'full', tasks_waiting, tokens_waiting}
 end
 store(r, 0)
+if (ARGV[19] or '') ~= '' then redis.call('HSET', key_req(r.id), 'notify', ARGV[19]) end
 if r.idem ~= '' then redis.call('SET', key_idem(r.idem), r.id) end
 count('admitted', 1)
 return {'ok', tasks_waiting + 1}

@@ -15,7 +15,7 @@ for i = 3, #ARGV, 7 do
   if h[1] ~= ARGV[i + 1] or h[2] ~= 'running' or h[5] ~= ARGV[2] then -- an epoch may come twice where Redis lost its end
     answer = (h[2] and not is_ended(h[2])) and 1 or 2
   elseif tonumber(h[4]) <= now_ms then
-    finish(id, 'expired', 'deadline passed in decode', '')
+    finish(id, 'expired', 'deadline passed in ' .. redis.call('HGET', req, 'stage'), '')
     answer = 2
   else
     local log = root .. 'log:' .. id .. ':' .. ARGV[i + 2]

@@ -190,6 +190,11 @@ async def _attached(story: Story) -> str:
     return f"{standing.state}, {len(standing.log.tokens[0])} token(s)" if standing else "unknown"
 
 
+async def _stands(story: Story) -> str:
+    (brief,) = await story.queue.standing([ID], with_results=True)
+    return f"{brief.state} in {brief.stage}" if brief else "unknown"
+
+
 async def _swept(story: Story) -> str:
     """The only script whose second call may answer less: what was to be done is done."""
     done = await story.queue.sweep("sweeper", interval_s=60, lease_s=60, max_attempts=3)
@@ -232,6 +237,7 @@ SCRIPTS: dict[str, Callable[[Story], Awaitable[str]]] = {
     "end (owner)": lambda story: _ended(story, "done", _owner(story), story.delivery.epoch),
     "cancel": lambda story: _ended(story, "cancelled", "", None),
     "attach": _attached,
+    "standing": _stands,
     "renew": _renewed,
     "handback": lambda story: story.queue.hand_back(
         story.delivery, _owner(story), counts=False, max_attempts=3, why="test"
