@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 import types
 
+import msgspec
 import pytest
 
 from pipeline.errors import ConfigError
+from pipeline.protocol import Request, TaskCall, no_input
 from tests import example_stage
+from tests.system import request
 from workers.outcome import Done, Fail, packed
 from workers.stages import Stages, load_stages
 
@@ -70,3 +73,11 @@ def test_a_result_is_packed_or_fails_its_request() -> None:
     assert packed(Fail("x"), 10) == Fail("x")
     assert packed(Done("x" * 20), 10) == Fail("its result has 21 bytes, more than queue.max_result_bytes (10)")
     assert isinstance(packed(Done({1: object()}), 10), Fail)
+
+
+def test_workers_that_know_no_tasks_read_every_other_request() -> None:
+    """The field is left out where it is not set: structs refuse unknown ones."""
+    assert b"task" not in msgspec.msgpack.encode(request(3))
+    item = no_input("p-1", "p")
+    call = Request(id="p-1", kind="task", created_s=0, input=item, task=TaskCall(name="embed", args=["a", 1]))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(call), type=Request) == call
