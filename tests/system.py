@@ -89,12 +89,12 @@ class System:
         return process
 
     async def worker(
-        self, stage: str, *overrides: str, code: Path | None = None, path: Path | None = None
+        self, stage: str, *overrides: str, app: str = "", code: Path | None = None, path: Path | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start one worker and wait until it is registered."""
+        """Start one worker and wait until it is registered. `app`: the module of a stage of one's own."""
         before = set(await self.alive(stage))
         sets = [part for override in overrides for part in ("--set", override)]
-        process = self.spawn("workers", stage, *sets, code=code, path=path)
+        process = self.spawn("workers", stage, *sets, *(("--app", app) if app else ()), code=code, path=path)
         await self.until(lambda: self._joined(stage, before, process))
         return process
 

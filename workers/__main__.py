@@ -1,4 +1,4 @@
-"""`python -m workers prefill|decode`: one worker process of one pool. The only place here that wires parts together."""
+"""`python -m workers prefill|decode|QUEUE`: one worker process of one pool. The only place here that wires parts together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import structlog
@@ -21,12 +22,13 @@ from pipeline.logs import configure
 from pipeline.processes import die_with_parent
 from pipeline.protocol import FinishReason, LLMEngineOutput
 from pipeline.settings_file import add_arguments, settings_from
-from workers import decode, prefill
-from workers.banner import banner
+from workers import decode, prefill, stages
+from workers.banner import banner, engine_rows, stage_rows
 from workers.child import ChildEngine
 from workers.control import WorkerControl, engine_told
 from workers.departure import Departure
 from workers.holdings import Held, Holdings
+from workers.stages import NoResources, StageCapacity, Stages, load_stages
 from workers.steps import StepWriter
 from workers.stops import StopStrings
 from workers.supervisor import EngineCapacity, EngineSupervisor
@@ -34,11 +36,21 @@ from workers.worker import Worker
 
 log = structlog.get_logger("baton.worker")
 
+ENGINE_STAGES = ("prefill", "decode")
+EXIT_FAILED, EXIT_USAGE = 1, 2  # as in `pipeline/cli/exits.py`
+EXIT_STUCK = 70  # a handler did not end when it was stopped; nothing was lost, a new process may start
+
 
 def main() -> None:
     """Run a worker until a signal asks it to leave (see `workers/departure.py`)."""
-    parser = argparse.ArgumentParser(prog="baton worker", description="Run one prefill or decode worker.")
-    parser.add_argument("stage", choices=("prefill", "decode"))
+    parser = argparse.ArgumentParser(
+        prog="baton worker", description="Run one prefill or decode worker, or one of a queue of one's own."
+    )
+    parser.add_argument("stage", help="prefill, decode, or a queue of the app")
+    parser.add_argument(
+        "--app", default="", help="module with the tasks of a queue of one's own: mystages or mystages:stages"
+    )
+    parser.add_argument("-c", "--concurrency", type=int, help="tasks that run at once (worker.concurrency)")
     parser.add_argument("--pool", default="", help="the pool to serve (default: the only one in the configuration)")
     parser.add_argument("--name", default="", help="worker name (default: made from stage, host and process id)")
     parser.add_argument("--parent", type=int, default=0, help="end when this process ends")
@@ -46,14 +58,34 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.parent:
         die_with_parent(arguments.parent)
+    if arguments.concurrency is not None:
+        arguments.overrides.append(f"worker.concurrency={arguments.concurrency}")
     try:
+        app = app_of(arguments.stage, arguments.app)
         settings = settings_from(arguments, os.environ)
         name = arguments.name or new_process_name(arguments.stage)
         configure(settings.log, name)
         pool = only_pool(settings, arguments.pool)
-        uvloop.run(run(settings, pool, arguments.stage, name))
+        if app is None:
+            uvloop.run(run(settings, pool, arguments.stage, name))
+        else:
+            uvloop.run(run_stages(settings, pool, arguments.stage, name, app))
     except BatonError as error:
-        sys.exit(f"baton worker: {error}")
+        sys.stderr.write(f"baton worker: {error}\n")
+        sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
+
+
+def app_of(stage: str, app: str) -> Stages | None:
+    """The tasks of a queue of one's own; None for Baton's own stages. Raises `ConfigError` where the two do not fit."""
+    if stage in ENGINE_STAGES:
+        if app:
+            raise ConfigError(f"--app {app}: a {stage} worker runs Baton's own task; leave it out")
+        return None
+    if not app:
+        raise ConfigError(f"{stage} is neither prefill nor decode: a queue of one's own needs --app MODULE")
+    stages = load_stages(app)
+    stages.on(stage)
+    return stages
 
 
 def only_pool(settings: Settings, wanted: str) -> str:
@@ -106,11 +138,10 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
         decode.register(worker, engine, holdings, stops)
     try:
         if await departure.unless_asked(supervisor.start()):
-            if settings.log.format == "console":
-                _show(banner(
-                    name, pool, stage, redis_url=settings.redis.url, engine=engine.info, transfer=settings.transfer.kind,
-                    lanes=worker.lanes, version=pipeline.__version__,
-                ))  # fmt: skip
+            _show(settings, banner(
+                name, pool, stage, redis_url=settings.redis.url, lanes=worker.lanes, tasks=worker.tasks,
+                version=pipeline.__version__, rows=engine_rows(engine.info, settings.transfer.kind),
+            ))  # fmt: skip
             departure.lead(worker.drain, worker.leave_now)
             await _work(worker, supervisor.run(), steps.run(), control.run())
     finally:
@@ -118,9 +149,44 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
         await connection.close()
 
 
-def _show(text: str) -> None:
-    sys.stderr.write(f"{text}\n")  # where the log goes, so that the two keep their order
-    sys.stderr.flush()
+def _show(settings: Settings, text: str) -> None:
+    if settings.log.format == "console":
+        sys.stderr.write(f"{text}\n")  # where the log goes, so that the two keep their order
+        sys.stderr.flush()
+
+
+async def run_stages(settings: Settings, pool: str, queue: str, name: str, app: Stages) -> None:
+    """Run the tasks of a queue of one's own here, without an engine, until drained."""
+    tasks, holdings = app.on(queue), Holdings()
+    connection = Connection(settings.redis)
+    capacity = StageCapacity(queue, tasks, holdings, settings.worker.concurrency, is_paused=lambda: control.is_paused)
+    worker = Worker(
+        connection, pool, name, settings.worker, settings.queue, holdings=holdings, resources=NoResources(),
+        capacity=capacity,
+    )  # fmt: skip
+    control = WorkerControl(connection, worker, holdings, capacity.told, redis_url=settings.redis.url)
+    departure = Departure(lambda: 0)
+    departure.install()
+
+    async def stop(held: Held, why: str) -> None:
+        held.drop(why)
+
+    steps = StepWriter(worker.queue, name, holdings, stop=stop)
+    threads = ThreadPoolExecutor(settings.worker.concurrency, thread_name_prefix=queue)
+    stages.register(worker, tasks, holdings, steps, threads)
+    _show(settings, banner(
+        name, pool, queue, redis_url=settings.redis.url, lanes=worker.lanes, tasks=worker.tasks,
+        version=pipeline.__version__, rows=stage_rows(queue, settings.worker.concurrency),
+    ))  # fmt: skip
+    departure.lead(worker.drain, worker.leave_now)
+    try:
+        await _work(worker, steps.run(), control.run())
+    finally:
+        await connection.close()
+        threads.shutdown(wait=False)
+    if worker.is_stuck:  # leaving in good order would wait for the handler
+        sys.stderr.flush()
+        os._exit(EXIT_STUCK)
 
 
 async def _work(worker: Worker, *beside: Coroutine[Any, Any, None]) -> None:

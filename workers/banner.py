@@ -7,23 +7,33 @@ from urllib.parse import urlsplit
 
 from workers.engine import EngineInfo
 
+Rows = Sequence[tuple[str, str]]
+
 
 def banner(
-    name: str, pool: str, stage: str, *, redis_url: str, engine: EngineInfo, transfer: str, lanes: Sequence[str], version: str
+    name: str, pool: str, stage: str, *, redis_url: str, rows: Rows, lanes: Sequence[str], tasks: Sequence[str], version: str
 ) -> str:  # fmt: skip
-    """The lines between start and `ready`; no password of an address is in them."""
-    rows = [
-        ("pool", pool),
-        ("transport", _without_password(redis_url)),
-        ("engine", f"{engine.name} ({engine.model}, {engine.num_blocks} blocks of {engine.block_size} tokens)"),
-        ("transfer", transfer),
-        ("stage", stage),
-        ("concurrency", f"{engine.max_num_seqs} sequences"),
-    ]
+    """The lines between start and `ready`; no password of an address is in them. `rows`: what runs the tasks."""
+    rows = [("pool", pool), ("transport", _without_password(redis_url)), *rows]
     lines = [f" -------------- {name} (baton {version})", "", "[config]"]
     lines += [f".> {label + ':':<13}{value}" for label, value in rows]
-    lines += ["", "[queues]", *(f".> {stage}:{lane}" for lane in lanes), "", "[tasks]", f"  . {stage}", ""]
+    lines += ["", "[queues]", *(f".> {stage}:{lane}" for lane in lanes)]
+    lines += ["", "[tasks]", *(f"  . {task}" for task in tasks), ""]
     return "\n".join(lines)
+
+
+def engine_rows(engine: EngineInfo, transfer: str) -> Rows:
+    """Of a worker with an engine."""
+    return [
+        ("engine", f"{engine.name} ({engine.model}, {engine.num_blocks} blocks of {engine.block_size} tokens)"),
+        ("transfer", transfer),
+        ("concurrency", f"{engine.max_num_seqs} sequences"),
+    ]
+
+
+def stage_rows(queue: str, concurrency: int) -> Rows:
+    """Of a worker of a stage of one's own."""
+    return [("queue", queue), ("concurrency", f"{concurrency} tasks")]
 
 
 def _without_password(url: str) -> str:

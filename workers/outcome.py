@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import msgspec
+
 from pipeline.errors import (
     DeadlineExceeded,
     EngineDied,
@@ -95,3 +97,16 @@ def classify(error: BaseException) -> Outcome:
             return Retry(str(error), backs_off=True)
         case _:
             return Retry(f"{type(error).__name__}: {error}", backs_off=True)
+
+
+def packed(outcome: Outcome, max_bytes: int) -> Outcome:
+    """The outcome with its result as it is stored; a result that cannot be stored fails the request."""
+    if not isinstance(outcome, Done) or outcome.result is None:
+        return outcome
+    try:
+        data = msgspec.msgpack.encode(outcome.result)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        return Fail(f"its result cannot be stored: {error}")
+    if len(data) > max_bytes:
+        return Fail(f"its result has {len(data)} bytes, more than queue.max_result_bytes ({max_bytes})")
+    return Done(data)

@@ -34,7 +34,7 @@ from pipeline.queue import LANES, Delivery, PoolQueue, Verdict, delivery_key
 from pipeline.waiting import wait_at_most
 from workers.holdings import Held, Holdings, Task
 from workers.limits import TimeLimits, run_within
-from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify
+from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify, packed
 from workers.policy import backoff_s, lane_looks
 from workers.reports import Reports
 
@@ -250,15 +250,15 @@ class Worker:
 
     async def _deliver(self, held: Held) -> None:
         started_s = time.monotonic()
-        outcome = await self._run(held)
+        outcome = packed(await self._run(held), self._queue_settings.max_result_bytes)
         held.is_settling = True
-        await self._settle(held.task.delivery, outcome)
+        await self._settle(held.task.delivery, outcome, self._max_attempts(held))
         self.reports.settled(held.task.delivery, outcome, time.monotonic() - started_s)
         if self.is_stuck:  # only now: its request has ended, the others are handed back
             self.leave_now()
 
     async def _reject(self, delivery: Delivery, rejected: Reject) -> None:
-        await self._settle(delivery, rejected)
+        await self._settle(delivery, rejected, max_attempts=0)
         self.reports.settled(delivery, rejected, 0.0)
 
     def _let_go(self, held: Held) -> None:
@@ -301,12 +301,16 @@ class Worker:
     def _name_of(self, request: Request) -> str:
         return self._stage if request.task is None else request.task.name
 
-    async def _settle(self, delivery: Delivery, outcome: Outcome) -> bool:
+    def _max_attempts(self, held: Held) -> int:
+        task = self._tasks.get(self._name_of(held.task.request))
+        return task.max_attempts if task else self._settings.max_attempts
+
+    async def _settle(self, delivery: Delivery, outcome: Outcome, max_attempts: int) -> bool:
         """Say the outcome to Redis; while Redis is away, wait with it: the scripts may be repeated. A worker that has to leave
         gives up and says so: the lease runs out and another one goes on."""
         while True:
             try:
-                await self._say(delivery, outcome)
+                await self._say(delivery, outcome, max_attempts)
                 return True
             except RedisUnavailable as error:
                 leaves = time.monotonic() >= self._give_up_s
@@ -315,18 +319,19 @@ class Worker:
                 if leaves:
                     return False
 
-    async def _say(self, delivery: Delivery, outcome: Outcome) -> None:
-        attempts = self._settings.max_attempts
+    async def _say(self, delivery: Delivery, outcome: Outcome, max_attempts: int) -> None:
         match outcome:
             case Done():
-                await self.queue.end(delivery.id, "done", worker=self.name, epoch=delivery.epoch)
+                await self.queue.end(
+                    delivery.id, "done", worker=self.name, epoch=delivery.epoch, result=outcome.result or b""
+                )
             case Handover():
                 await self._hand_over(delivery, outcome)
             case Retry():
                 await self._resources.cancel(delivery.key)
                 await self.queue.hand_back(
-                    delivery, self.name, counts=outcome.counts, max_attempts=attempts, why=outcome.why,
-                    delay_s=self._delay_s(delivery) if outcome.backs_off else 0.0, is_suspect=outcome.is_suspect,
+                    delivery, self.name, counts=outcome.counts, max_attempts=max_attempts, why=outcome.why,
+                    delay_s=self._delay_s(delivery, outcome), is_suspect=outcome.is_suspect,
                 )  # fmt: skip
             case Reject():
                 await self.queue.hand_back(delivery, self.name, counts=True, max_attempts=0, why=outcome.why)
@@ -337,8 +342,10 @@ class Worker:
             case _:
                 assert_never(outcome)
 
-    def _delay_s(self, delivery: Delivery) -> float:
+    def _delay_s(self, delivery: Delivery, outcome: Retry) -> float:
         settings = self._settings
+        if outcome.countdown is not None or not outcome.backs_off:
+            return outcome.countdown or 0.0
         return backoff_s(delivery.attempts, settings.retry_backoff_s, settings.retry_backoff_max_s, random.random())
 
     async def _hand_over(self, delivery: Delivery, outcome: Handover) -> None:
@@ -433,7 +440,10 @@ class Worker:
             if held.job is not None:
                 held.job.cancel()
                 await asyncio.wait([held.job], timeout=5)
-            if not await self._settle(held.task.delivery, Retry("drained", counts=False)):
+                if not held.job.done():
+                    self.is_stuck = True
+                    log.error("handler does not end when it is stopped", request_id=held.id, then="this process ends")
+            if not await self._settle(held.task.delivery, Retry("drained", counts=False), self._max_attempts(held)):
                 return
 
 

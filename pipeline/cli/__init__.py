@@ -2,7 +2,8 @@
 `control`, `purge`, `dead`, `events`.
 
 Exit codes are stable: 0 done; 1 something failed (the message says what); 2 wrong arguments or settings;
-3 a port, folder or program that is needed cannot be had; 4 the API or Redis does not answer; 69 no worker replied; 130 interrupted.
+3 a port, folder or program that is needed cannot be had; 4 the API or Redis does not answer; 69 no worker replied;
+70 a worker's task could not be stopped; 130 interrupted.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import importlib.metadata
 import json
 import os
@@ -18,19 +17,13 @@ import pipeline
 from pipeline.cli.operate import add_operators_commands
 from pipeline.cli.options import ConfigOption, Given, JsonOption, SetOption, given, running_redis
 from pipeline.errors import ConfigError
+from pipeline.queue import STAGES
 from pipeline.settings_file import nearest
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 something failed; 2 wrong arguments or settings; 3 a port, folder or program cannot be had; "
-    "4 the API or Redis does not answer; 69 no worker replied; 130 interrupted."
+    "4 the API or Redis does not answer; 69 no worker replied; 70 a worker's task could not be stopped; 130 interrupted."
 )
-
-
-class Stage(enum.StrEnum):
-    """What a worker does."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
 
 
 def make_app() -> typer.Typer:
@@ -83,15 +76,30 @@ def api(config: ConfigOption = None, overrides: SetOption = None) -> None:
 
 
 def worker(
-    stage: Annotated[Stage, typer.Argument(help="What the worker does.")],
+    stage: Annotated[str, typer.Argument(help="prefill, decode, or the queue of a stage of your own (with --app).")],
+    app: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE", help="Where the tasks of that queue are: mystages, or mystages:stages."),
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option("-c", "--concurrency", min=1, help="Tasks of it at once (worker.concurrency).")
+    ] = None,
     pool: Annotated[str | None, typer.Option(help="The pool it works for; needed when there are several.")] = None,
     name: Annotated[str | None, typer.Option(help="Its name, unique in the pool; made up if left out.")] = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """Run one worker in this process."""
+    """Run one worker in this process: of prefill, of decode, or of a stage of your own.
+
+    A stage of your own needs no engine: its tasks are functions of the module that --app names.
+    """
     own = [word for flag, value in (("--pool", pool), ("--name", name)) if value for word in (flag, value)]
-    source = given(config, overrides)
+    if app:
+        own += ["--app", app]
+    elif stage not in STAGES:
+        hint = nearest(stage, STAGES)
+        raise ConfigError(f"{stage} is neither prefill nor decode{hint or ';'} a queue of your own needs --app MODULE")
+    source = given(config, overrides, worker__concurrency=concurrency)
     pools = source.settings().pools
     if pool is None and len(pools) > 1:
         raise ConfigError(f"--pool: which one of {', '.join(pools)}?")

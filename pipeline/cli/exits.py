@@ -17,6 +17,7 @@ class Exit(enum.IntEnum):
     UNAVAILABLE_HERE = 3
     NO_ANSWER = 4
     NO_NODES = 69
+    TASK_STUCK = 70  # of a worker of a stage of one's own
     INTERRUPTED = 130
 
 

@@ -11,7 +11,20 @@ import pytest
 
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
-from pipeline.protocol import CancelNote, FinishReason, FreeNote, KVHandle, LLMEngineOutput, Log, Note, Request
+from pipeline.protocol import (
+    CancelNote,
+    EndItem,
+    FinishReason,
+    Frame,
+    FreeNote,
+    KVHandle,
+    LLMEngineOutput,
+    Log,
+    Note,
+    Request,
+    TaskCall,
+    no_input,
+)
 from pipeline.queue import Admission, Delivery, LaneLook, Limits, PoolQueue, Restored, StepItem, Verdict
 from tests.system import request
 
@@ -401,3 +414,34 @@ async def test_ten_thousand_tasks_wait_behind_one_that_runs_for_an_hour(pool: Po
     again = await pool.claim("decode", "other")
     assert again is not None
     assert again.id == pinned.id  # ahead of all that came later
+
+
+async def test_who_is_notified_hears_the_end_and_no_tokens(pool: Pool) -> None:
+    item = request(3)
+    admission = Admission(item, "decode", "default", 2, "", notify="client-1")
+    await pool.queue.admit(admission, LIMITS)
+    delivery = await pool.claim("decode", "w")
+    assert delivery is not None
+    assert delivery.api == ""
+    subscription = await pool.connection.subscribe(pool.keys.bus("client-1"))
+    await pool.queue.step(
+        "w", [StepItem(item.id, delivery.api, delivery.epoch, LLMEngineOutput(delivery.key, 0, 0, [7]))]
+    )
+    await pool.queue.end(item.id, "done", worker="w", epoch=delivery.epoch, result=b"kept")
+    async with asyncio.timeout(10):
+        async for _, data in subscription.messages():
+            if data is not None:
+                break
+    (first,) = msgspec.msgpack.decode(data, type=Frame)
+    assert (type(first), first.id, first.state) == (EndItem, item.id, "done")
+    (brief,) = await pool.queue.standing([item.id], with_results=True)
+    assert brief is not None
+    assert (brief.state, brief.result) == ("done", b"kept")
+
+
+async def test_a_request_without_tokens_is_counted_in_and_out(pool: Pool) -> None:
+    """Its change of the counter must not be -0, which Redis does not take for a number."""
+    item = Request(id="p-1", kind="task", created_s=0, input=no_input("p-1", POOL), task=TaskCall(name="t"))
+    await pool.queue.admit(Admission(item, "words", "default", 1, ""), LIMITS)
+    assert await pool.claim("words", "w") is not None
+    assert await pool.connection.command("HGET", pool.keys.counters(), "tokens:words:default") == b"0"

@@ -98,6 +98,24 @@ def test_errors_are_one_line_with_their_exit_code():
             2,
             "baton: --pool: unknown pool baton-tin; did you mean baton-t",
         ),
+        (
+            ["worker", "decod"],
+            {},
+            2,
+            "baton: decod is neither prefill nor decode; did you mean decode? a queue of your own needs --app MODULE\n",
+        ),
+        (
+            ["worker", "decode", "--app", "tests.example_stage", "--set", "redis.url=redis://127.0.0.1:9"],
+            {},
+            2,
+            "baton worker: --app tests.example_stage: a decode worker runs Baton's own task; leave it out\n",
+        ),
+        (
+            ["worker", "spell", "--app", "tests.example_stage", "--set", "redis.url=redis://127.0.0.1:9"],
+            {},
+            2,
+            "baton worker: no task for queue 'spell'; the app has queues words\n",
+        ),
         (["worker", "decode", "--set", "redis.run_dir=none"], {}, 4, "baton: no Redis: redis.url is empty and "),
         (["worker", "decode", "--set", "pools.b.engine=mock"], {}, 2, "baton: --pool: which one of baton-tiny, b?\n"),
         (["api", "--set", "api.prot=1"], {}, 2, "baton: --set: unknown key api.prot; did you mean api.port?\n"),
@@ -163,7 +181,7 @@ def test_version_is_readable_by_programs():
 )
 def test_exit_codes_stay_as_they_are(error, code):
     assert exit_for(error) is code
-    assert [int(code) for code in Exit] == [0, 1, 2, 3, 4, 69, 130]
+    assert [int(code) for code in Exit] == [0, 1, 2, 3, 4, 69, 70, 130]
 
 
 def test_workers_are_numbered_and_named_by_their_pool_where_there_are_several():

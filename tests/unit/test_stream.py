@@ -166,7 +166,7 @@ async def test_an_end_that_comes_while_redis_does_not_answer_ends_nothing_early(
         return await store.read(request_id)
 
     stream = RequestStream(
-        "r", 2, buffer_items=100, patience_s=5, read=read, cancel=store.cancel, forget=store.forget
+        "r", 2, buffer_items=100, patience_s=5, read=read, cancel=store.cancel, forget=store.forget, linger=store.linger
     )  # fmt: skip
     stream.fall_behind()
     tokens, _ = await read_all(stream)

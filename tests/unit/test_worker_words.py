@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from pipeline.queue import Delivery
-from workers.banner import banner
+from workers.banner import banner, engine_rows
 from workers.engine import EngineInfo
 from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry
 from workers.reports import Reports, told
@@ -85,8 +85,8 @@ def test_the_banner_names_what_the_worker_is_and_no_password() -> None:
         max_num_seqs=8, max_num_batched_tokens=32,
     )  # fmt: skip
     text = banner(
-        "decode-0", "baton-tiny", "decode", redis_url="redis://me:secret@host:6379/0", engine=engine, transfer="shm",
-        lanes=["@decode-0", "high"], version="9.9",
+        "decode-0", "baton-tiny", "decode", redis_url="redis://me:secret@host:6379/0", rows=engine_rows(engine, "shm"),
+        lanes=["@decode-0", "high"], tasks=["decode"], version="9.9",
     )  # fmt: skip
     assert "decode-0 (baton 9.9)" in text
     assert "transport:   redis://me:***@host:6379/0" in text

@@ -1,0 +1,83 @@
+"""What an app of tasks may say, and how it is found."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import msgspec
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.protocol import Request, TaskCall, no_input
+from tests import example_stage
+from tests.system import request
+from workers.outcome import Done, Fail, packed
+from workers.stages import Stages, load_stages
+
+
+def test_an_app_is_found_by_its_module() -> None:
+    assert load_stages("tests.example_stage") is example_stage.stages
+    assert load_stages("tests.example_stage:stages") is example_stage.stages
+    assert example_stage.stages.queues() == ["words"]
+
+
+@pytest.mark.parametrize(
+    ("app", "message"),
+    [
+        ("no.such.module", "--app no.such.module: cannot import it: No module named 'no'"),
+        ("tests.texts", "which Stages\\? tests.texts has none; say tests.texts:NAME"),
+        ("tests.example_stage:other", "which Stages\\? tests.example_stage has stages; say"),
+        ("two_apps", "which Stages\\? two_apps has a, b; say two_apps:NAME"),
+    ],
+)
+def test_an_app_that_is_not_there_is_said(app: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = types.ModuleType("two_apps")
+    vars(two).update(a=Stages(), b=Stages())
+    monkeypatch.setitem(sys.modules, "two_apps", two)
+    with pytest.raises(ConfigError, match=message):
+        load_stages(app)
+
+
+@pytest.mark.parametrize(
+    ("queue", "options", "message"),
+    [
+        ("decode", {}, "task t: 'decode' cannot be a queue of one's own"),
+        ("pool", {}, "'pool' cannot be"),
+        ("a b", {}, "'a b' cannot be"),
+        ("q", {"time_limit": 1, "soft_time_limit": 2}, "task t: the soft time limit \\(2 s\\) must come before"),
+        ("q", {"max_attempts": 0}, "max_attempts is 0"),
+        ("q", {"soft_time_limit": 2}, "a soft time limit needs an `async def`"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused(queue: str, options: dict[str, int], message: str) -> None:
+    def function(task: object) -> None: ...
+
+    with pytest.raises(ConfigError, match=message):
+        Stages().task("t", queue=queue, **options)(function)
+
+
+def test_a_name_stands_once_in_a_queue() -> None:
+    stages = Stages()
+    stages.task("t", queue="q")(lambda task: None)
+    stages.task("t", queue="other")(lambda task: None)
+    with pytest.raises(ConfigError, match="task t of queue q is registered twice"):
+        stages.task("t", queue="q")
+    with pytest.raises(ConfigError, match="no task for queue 'x'; the app has queues other, q"):
+        stages.on("x")
+
+
+def test_a_result_is_packed_or_fails_its_request() -> None:
+    assert packed(Done(), 10) == Done()
+    assert packed(Done([1, 2]), 10) == Done(b"\x92\x01\x02")
+    assert packed(Fail("x"), 10) == Fail("x")
+    assert packed(Done("x" * 20), 10) == Fail("its result has 21 bytes, more than queue.max_result_bytes (10)")
+    assert isinstance(packed(Done({1: object()}), 10), Fail)
+
+
+def test_workers_that_know_no_tasks_read_every_other_request() -> None:
+    """The field is left out where it is not set: structs refuse unknown ones."""
+    assert b"task" not in msgspec.msgpack.encode(request(3))
+    item = no_input("p-1", "p")
+    call = Request(id="p-1", kind="task", created_s=0, input=item, task=TaskCall(name="embed", args=["a", 1]))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(call), type=Request) == call
