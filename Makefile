@@ -1,7 +1,7 @@
 # Two commands are enough: `make up` and `make test`. The rest is listed by `make help`.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help up test test-all chaos check lint types imports bench lock clean
+.PHONY: help up test test-faults test-all chaos check lint types imports bench lock clean
 MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -13,13 +13,16 @@ ENGINE ?= mock
 CLIENTS ?= 12
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: $(INSTALLED) ## install what is missing, start everything, stream a sample answer, serve until Ctrl-C
 	@$(BIN)/baton up
 
-test: $(INSTALLED) check ## lint, types, import rules and all tests but the slow ones: what CI runs
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(INSTALLED) check ## lint, types, import rules and all tests but the slow ones and those of faults: what CI runs first
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not faults"
+
+test-faults: $(INSTALLED) ## kill, freeze, fail over, lose data, a short chaos run: what CI runs next
+	@$(BIN)/python -m pytest -m "faults and not slow"
 
 test-all: $(INSTALLED) check ## the same with the slow tests
 	@$(BIN)/python -m pytest -m "not gpu"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
 from pipeline.redis_server import RedisServer
 from tests.proxy import RedisProxy, Trap
 from tests.serving import STREAM, serving
 from tests.system import System, collect, request
+
+pytestmark = pytest.mark.faults
 
 SETTINGS = ("worker.lease_s=1.5", "engine.mock.decode_base_ms=20")
 

@@ -7,12 +7,16 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
+
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
 from pipeline.queue import Admission, LaneLook, Limits, PoolQueue, Verdict
 from pipeline.redis_server import RedisServer
 from tests.proxy import RedisProxy, Trap
 from tests.system import POOL, System, collect, request
+
+pytestmark = pytest.mark.faults
 
 LIMITS = Limits(max_waiting_tasks=9, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)
 MANY = Limits(max_waiting_tasks=99, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)

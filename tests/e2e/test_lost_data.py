@@ -12,6 +12,8 @@ from pipeline.protocol import Request
 from pipeline.stream import Ended
 from tests.system import System, collect, request, take
 
+pytestmark = pytest.mark.faults
+
 SETTINGS = ("worker.lease_s=2", "engine.mock.decode_base_ms=20", "api.silence_s=0.5")
 
 

@@ -15,6 +15,8 @@ from pipeline.snapshot import take_snapshot
 from tests.e2e.processes import children
 from tests.system import System, collect, request
 
+pytestmark = pytest.mark.faults
+
 SETTINGS = ("worker.lease_s=2", "engine.mock.decode_base_ms=20")
 
 

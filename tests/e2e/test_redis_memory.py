@@ -10,6 +10,8 @@ import pytest
 from pipeline.errors import QueueFull
 from tests.system import System, collect, request
 
+pytestmark = pytest.mark.faults
+
 
 async def test_running_requests_end_and_new_ones_are_refused(redis_url: str, tmp_path: Path) -> None:
     async with System(redis_url, "engine.mock.decode_base_ms=15", log_dir=tmp_path) as system:

@@ -20,6 +20,8 @@ from tests.proxy import RedisProxy, Trap
 from tests.serving import STREAM, events_of, serving
 from tests.system import System, collect, request
 
+pytestmark = pytest.mark.faults
+
 SETTINGS = ("worker.lease_s=2", "engine.mock.decode_base_ms=20", "api.silence_s=0.5", "redis.timeout_s=1")
 KINDS: tuple[dict[str, float], ...] = ({"n": 2}, {"temperature": 1.0, "seed": 7})
 NO_PERSISTENCE = ["--appendonly", "no"]

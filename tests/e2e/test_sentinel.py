@@ -8,10 +8,14 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
+
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
 from tests.sentinel import Guarded, guarded
 from tests.system import System, collect, request
+
+pytestmark = pytest.mark.faults
 
 SETTINGS = ("worker.lease_s=5", "engine.mock.decode_base_ms=20", "api.silence_s=0.5", "redis.timeout_s=1")
 

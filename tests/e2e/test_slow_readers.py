@@ -9,10 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pipeline.redis_server import RedisServer
 from tests.e2e.test_requests import long
 from tests.e2e.test_resume import CHAT, by_choice, events, resume
 from tests.serving import serving
+
+pytestmark = pytest.mark.faults
 
 READER = """
 import pathlib, socket, sys

@@ -13,6 +13,8 @@ from pipeline.snapshot import set_router
 from pipeline.stream import Ended
 from tests.system import System, collect, request
 
+pytestmark = pytest.mark.faults
+
 KILLS = 2000  # a prompt with this token id kills the engine
 PROMPT = list(range(3, 40))
 

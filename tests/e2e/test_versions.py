@@ -16,6 +16,8 @@ import pytest
 from tests.serving import events_of
 from tests.system import POOL, System, collect, request
 
+pytestmark = pytest.mark.faults
+
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = ("worker.lease_s=2", "engine.mock.decode_base_ms=10")
 
