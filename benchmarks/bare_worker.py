@@ -14,6 +14,7 @@ local root = KEYS[1]
 local answers, items = {}, {}
 for i = 3, #ARGV, 7 do
   answers[#answers + 1] = 0
+  if ARGV[i + 5] ~= '' then redis.call('HSET', root .. 'req:' .. ARGV[i], 'fin:' .. ARGV[i + 2], ARGV[i + 5]) end
   items[#items + 1] = ARGV[i + 6]
 end
 redis.call('PUBLISH', root .. 'bus:' .. ARGV[1],

@@ -267,7 +267,7 @@ class PoolQueue:
     async def end(
         self, request_id: str, state: str, reason: str = "", *, worker: str = "", epoch: int | None = None, result: bytes = b""
     ) -> tuple[str, str]:  # fmt: skip
-        """End a request; the first call wins. Returns (state, reason) as it stands, ("fenced", "") or ("gone", "")."""
+        """End a request; the first call wins. Returns (state, reason) as it stands, or ("fenced" | "gone" | "incomplete", "")."""
         answer = await self._call("end", request_id, state, reason, worker, "" if epoch is None else epoch, result)
         return answer[0].decode(), answer[1].decode()
 

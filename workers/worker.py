@@ -322,9 +322,7 @@ class Worker:
     async def _say(self, delivery: Delivery, outcome: Outcome, max_attempts: int) -> None:
         match outcome:
             case Done():
-                await self.queue.end(
-                    delivery.id, "done", worker=self.name, epoch=delivery.epoch, result=outcome.result or b""
-                )
+                await self._complete(delivery, outcome)
             case Handover():
                 await self._hand_over(delivery, outcome)
             case Retry():
@@ -341,6 +339,18 @@ class Worker:
                 await self._resources.cancel(delivery.key)
             case _:
                 assert_never(outcome)
+
+    async def _complete(self, delivery: Delivery, done: Done) -> None:
+        """The end, unless Redis has lost tokens since they were logged: then somebody goes on where its log ends now."""
+        state, _ = await self.queue.end(
+            delivery.id, "done", worker=self.name, epoch=delivery.epoch, result=done.result or b""
+        )
+        if state == "incomplete":
+            why = "Redis lost the end of its log"
+            log.warning("not done yet", request_id=delivery.id, why=why, then="it is computed again from there")
+            await self.queue.hand_back(
+                delivery, self.name, counts=False, max_attempts=self._settings.max_attempts, why=why
+            )
 
     def _delay_s(self, delivery: Delivery, outcome: Retry) -> float:
         settings = self._settings

@@ -161,6 +161,14 @@ local function log_length(id, n)
   return total
 end
 
+-- Whether a choice has not ended yet, as far as Redis knows.
+local function has_open_choice(id, n)
+  for choice = 0, tonumber(n) - 1 do
+    if redis.call('HEXISTS', key_req(id), 'fin:' .. choice) == 0 then return true end
+  end
+  return false
+end
+
 -- Takes a running task from its owner and parks it: it waits again, ahead of new ones; after `delay_ms` where there is one. A
 -- delivery that made no progress counts as an attempt when `counts`; the last allowed one dead-letters the request. `suspect`:
 -- 'always' or 'stuck' (when it made no progress): it may be what killed its engine, so it runs alone the next time.

@@ -31,12 +31,8 @@ if first then redis.call('HSETNX', req, 't_first_token', now) end
 if #items > 0 then
   publish(id, h[7], h[8], string.char(0xdc, math.floor(#items / 256), #items % 256) .. table.concat(items))
 end
-local open = false
-for choice = 0, tonumber(h[9]) - 1 do
-  if redis.call('HEXISTS', req, 'fin:' .. choice) == 0 then open = true end
-end
 count('handovers', 1)
-if not open then
+if not has_open_choice(id, h[9]) then
   redis.call('HSET', req, 'handover_to', 'done')
   finish(id, 'done', '', worker)
   return {'ok', 'done'}

@@ -22,12 +22,10 @@ if not lacks then return {'ok'} end
 
 -- larger than any epoch that was lost: a worker may still hold the request under one of those
 local epoch = math.max(tonumber(h[6] or 0) + 1, tonumber(redis.call('TIME')[1]))
-local is_open = false
 for choice = 0, tonumber(r.n) - 1 do
   local sent, reason = ARGV[20 + 2 * choice], ARGV[21 + 2 * choice]
   if #sent > redis.call('STRLEN', key_log(r.id, choice)) then redis.call('SET', key_log(r.id, choice), sent) end
   if reason ~= '' then redis.call('HSET', req, 'fin:' .. choice, reason) end
-  if redis.call('HEXISTS', req, 'fin:' .. choice) == 0 then is_open = true end
 end
 count('restored', 1)
 if not h[1] then
@@ -44,5 +42,5 @@ else
     ring(h[2])
   end
 end
-if not is_open then finish(r.id, 'done', '', '') end
+if not has_open_choice(r.id, r.n) then finish(r.id, 'done', '', '') end
 return {'ok'}

@@ -425,7 +425,8 @@ async def test_who_is_notified_hears_the_end_and_no_tokens(pool: Pool) -> None:
     assert delivery.api == ""
     subscription = await pool.connection.subscribe(pool.keys.bus("client-1"))
     await pool.queue.step(
-        "w", [StepItem(item.id, delivery.api, delivery.epoch, LLMEngineOutput(delivery.key, 0, 0, [7]))]
+        "w",
+        [StepItem(item.id, delivery.api, delivery.epoch, LLMEngineOutput(delivery.key, 0, 0, [7], FinishReason.EOS))],
     )
     await pool.queue.end(item.id, "done", worker="w", epoch=delivery.epoch, result=b"kept")
     async with asyncio.timeout(10):
@@ -445,3 +446,15 @@ async def test_a_request_without_tokens_is_counted_in_and_out(pool: Pool) -> Non
     await pool.queue.admit(Admission(item, "words", "default", 1, ""), LIMITS)
     assert await pool.claim("words", "w") is not None
     assert await pool.connection.command("HGET", pool.keys.counters(), "tokens:words:default") == b"0"
+
+
+async def test_a_request_whose_last_tokens_redis_lost_is_not_done(pool: Pool) -> None:
+    """Its worker logged them, but they went with a power cut before it could say the end."""
+    delivery = await pool.claimed("decode")
+    await pool.queue.step("w", [StepItem(delivery.id, API, delivery.epoch, LLMEngineOutput(delivery.id, 0, 0, [7]))])
+    for _ in range(2):
+        assert await pool.queue.end(delivery.id, "done", worker="w", epoch=delivery.epoch) == ("incomplete", "")
+    assert await pool.state(delivery.id) == "running"
+    last = LLMEngineOutput(delivery.id, 0, 1, [8], FinishReason.EOS)
+    await pool.queue.step("w", [StepItem(delivery.id, API, delivery.epoch, last)])
+    assert await pool.queue.end(delivery.id, "done", worker="w", epoch=delivery.epoch) == ("done", "")

@@ -117,6 +117,9 @@ async def _take_over(story: Story) -> None:
 
 def _end(state: str) -> Callable[[Story], Awaitable[None]]:
     async def end(story: Story) -> None:
+        if state == "done":
+            last = [LLMEngineOutput(ID, choice, 1, [30 + choice], FinishReason.EOS) for choice in (0, 1)]
+            await story.queue.step(DECODER, [StepItem(ID, API, story.delivery.epoch, output) for output in last])
         await story.queue.end(ID, state, "test", worker=DECODER, epoch=story.delivery.epoch)
 
     return end

@@ -10,6 +10,7 @@ import pytest
 from pipeline.client import PoolClient
 from pipeline.protocol import Request
 from pipeline.stream import Ended
+from tests.proxy import RedisProxy, Trap
 from tests.system import System, collect, request, take
 
 pytestmark = pytest.mark.faults
@@ -101,3 +102,32 @@ async def test_other_tokens_in_the_log_end_the_stream_instead_of_splicing_it(
         tokens, ended = await reading
         assert (ended.state, ended.reason.partition(":")[0]) == ("failed", "stream_diverged")
         assert len(tokens[0]) >= 10
+
+
+async def test_the_last_tokens_are_lost_before_the_end_is_said(
+    default_redis_url: str, short_dir: Path, tmp_path: Path
+) -> None:
+    """All was computed and logged; a power cut takes the last tokens, and only then the worker says that it is done."""
+    async with (
+        RedisProxy(default_redis_url.removeprefix("unix://"), short_dir) as proxy,
+        System(default_redis_url, *SETTINGS, "api.silence_s=600", log_dir=tmp_path) as system,
+        system.client() as client,
+    ):
+        await system.worker("prefill")
+        system.overrides.append(f"redis.url={proxy.url}")
+        await system.worker("decode")
+        expected, _ = await read(client, request(100, max_tokens=30))
+        trap = proxy.arm(Trap("end", "before", holds=True))
+        item = request(100, max_tokens=30)
+        reading = asyncio.create_task(read(client, item))
+        await trap.hit.wait()
+        command, keys = system.connection.command, system.keys
+        await command("SET", keys.log(item.id, 0), await command("GETRANGE", keys.log(item.id, 0), 0, 4 * 20 - 1))
+        await command("HDEL", keys.request(item.id), "fin:0")
+        trap.release()
+        tokens, ended = await reading
+        assert (ended.state, tokens) == ("done", expected)
+        standing = await client.queue.attach(item.id, watch=False)
+        assert standing is not None
+        assert standing.log.tokens == expected
+        await system.until(system.rests, 10)
