@@ -106,7 +106,7 @@ class Answer(Response):
         stream, request = feed.stream, asked(feed.stream)
         with anyio.CancelScope(shield=True):
             ended = stream.ended
-            if ended is None:
+            if ended is None or stream.has_diverged:
                 self._why = self._why or "client disconnected"
                 await self._leave(stream)
             await feed.close()
@@ -130,7 +130,8 @@ class Answer(Response):
             with anyio.fail_after(LEAVE_LIMIT_S):
                 await stream.leave(self._why)
         except (BatonError, TimeoutError) as error:
-            log.warning("request could not be left, it ends at its deadline", request_id=stream.id, error=str(error))
+            log.warning("request not left yet, trying again", request_id=stream.id, error=str(error))
+            self._pool.client.leave_later(stream, self._why)
 
 
 class StreamedAnswer(Answer):

@@ -20,7 +20,7 @@ from pipeline.connection import Connection, Subscription
 from pipeline.ends import Ends
 from pipeline.errors import BatonError, LowLaneFull, QueueFull, RedisUnavailable
 from pipeline.protocol import UNREADABLE, EndItem, Frame, Log, Request
-from pipeline.queue import Admission, Limits, PoolQueue, Restored, Standing
+from pipeline.queue import LANES, Admission, Limits, PoolQueue, Restored, Standing
 from pipeline.routing import DisaggregatedRouter, retry_after_s
 from pipeline.snapshot import PoolSnapshot, take_snapshot
 from pipeline.stream import RequestStream
@@ -29,6 +29,7 @@ from pipeline.waiting import wait_at_most
 log = structlog.get_logger("baton.client")
 
 SNAPSHOT_S = 0.5
+CLOSE_S = 5.0  # what is still to be said to Redis when the client closes
 
 
 class PoolClient:
@@ -84,7 +85,16 @@ class PoolClient:
     async def __aexit__(self, *exc: object) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._abandoned, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        closed = "the client was closed"
+        self.ends.fail(BatonError(closed))
+        for readers in list(self._streams.values()):
+            for stream in readers:
+                stream.give_up(closed)
+        if self._abandoned:
+            _, late = await asyncio.wait(self._abandoned, timeout=CLOSE_S)
+            for task in late:
+                task.cancel()
         with contextlib.suppress(BatonError):
             await self.queue.leave("api", self._name)
         if self._subscription is not None:
@@ -122,6 +132,10 @@ class PoolClient:
             await self._forget(stream)
             self._abandon(request.id, admitting)
             raise
+        except RedisUnavailable:
+            await self._forget(stream)
+            self._abandon(request.id, admitting)  # it may have been admitted, and only the answer was lost
+            raise
         except BaseException:
             await self._forget(stream)
             raise
@@ -139,20 +153,24 @@ class PoolClient:
 
     async def admit(
         self, request: Request, *, stage: str = "", priority: str = "default", deadline_s: float | None = None,
-        delay_s: float = 0.0, idempotency_key: str = "",
+        delay_s: float = 0.0, idempotency_key: str = "", body_digest: str = "",
     ) -> str:  # fmt: skip
         """Admit a request that nobody streams; `ends.wait` tells when it is over. Returns its id, or that of the first request of the
-        key. It goes on whatever becomes of this process. `stage`: of one's own; left out: where the router says.
+        key. It goes on whatever becomes of this process. `stage`: of one's own; left out: where the router says. `deadline_s`
+        may be longer than the lane's; it runs from when the request may be claimed.
 
-        Raises `QueueFull` with `retry_after_s`, `RedisUnavailable`.
+        Raises `QueueFull` with `retry_after_s`, `IdempotencyConflict`, `RedisUnavailable`.
         """
         admission = Admission(
-            request, stage, priority, 1, "", priority=priority, idempotency_key=idempotency_key, delay_s=delay_s,
-            notify=self._name,
+            request, stage, priority, 1, "", priority=priority, idempotency_key=idempotency_key, digest=body_digest,
+            delay_s=delay_s, notify=self._name,
         )  # fmt: skip
         if not stage:
             admission = self._route(admission)
-        admitting = asyncio.ensure_future(self.queue.admit(admission, self._limits(priority, deadline_s)))
+        limits = self._limits(priority, None)
+        if deadline_s is not None:
+            limits = dataclasses.replace(limits, deadline_s=deadline_s)
+        admitting = asyncio.ensure_future(self.queue.admit(admission, limits))
         try:
             return await asyncio.shield(admitting)
         except QueueFull as refusal:
@@ -199,11 +217,30 @@ class PoolClient:
         """Nobody waits any more for a request that may be on its way into Redis: end it once it is there."""
 
         async def end() -> None:
-            with contextlib.suppress(BatonError):  # its deadline ends it, or the sweep when this process has ended
+            with contextlib.suppress(BatonError):  # whether it was admitted is not known
                 await admitting
-                await self.queue.cancel(request_id, "its client left while it was admitted")
+            await self.queue.cancel(request_id, "its client left while it was admitted")
 
-        task = asyncio.create_task(end(), name=f"abandon {request_id}")
+        self._insist(end, request_id)
+
+    def leave_later(self, stream: RequestStream, reason: str) -> None:
+        """Its reader has gone while Redis was away: say so as soon as Redis answers."""
+        self._insist(lambda: stream.leave(reason), stream.id)
+
+    def _insist(self, say: Callable[[], Awaitable[object]], request_id: str) -> None:
+        """Say it in the background until Redis has heard it, or until the request's deadline has ended it anyway."""
+
+        async def insist() -> None:
+            give_up_s = time.monotonic() + self._settings.deadline_s
+            while time.monotonic() < give_up_s:
+                try:
+                    await say()
+                except BatonError:
+                    await asyncio.sleep(1.0)
+                else:
+                    return
+
+        task = asyncio.create_task(insist(), name=f"leave {request_id}")
         self._abandoned.add(task)
         task.add_done_callback(self._abandoned.discard)
 
@@ -228,6 +265,9 @@ class PoolClient:
             stream.begin(found, start or [0] * choices)
             if found.has_ended:
                 return stream
+            priority = found.lane if found.lane in LANES else "default"
+            admission = Admission(found.request, "", "", 0, self._name, priority=priority, linger_s=found.linger_s)
+            stream.serve(functools.partial(self._restore, admission, self._limits(priority, None), time.monotonic()))
         try:
             assert self._subscription is not None
             await self._subscription.add(self.queue.keys.tokens(request_id))  # once it is in force, the log is read
@@ -313,11 +353,11 @@ class PoolClient:
         while True:
             try:
                 await self._refresh()
+                await self._keep_read()  # before this or any other sweep finds out that a reader has left
                 await self.queue.sweep(  # with no worker alive nobody else ends what is past its deadline
                     self._name, interval_s=self._worker.sweep_s, lease_s=self._worker.lease_s,
                     max_attempts=self._worker.max_attempts,
                 )  # fmt: skip
-                await self._keep_read()
                 await self.ends.look()
                 self.redis_error, self._answered_s = None, time.monotonic()
             except BatonError as error:

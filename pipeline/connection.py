@@ -114,9 +114,22 @@ class Connection:
             return await self._execute("EVALSHA", script.sha, 1, root, *args)
 
     async def _execute(self, *args: Arg) -> Any:
-        async with self._slots:
+        async with self._slot():
             with _cancellation_kept():
                 return await self._client.execute_command(*args)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        """A turn to use a connection: when none is free in time, all of them wait for Redis."""
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise exceptions.TimeoutError(f"all {MAX_CONNECTIONS} connections wait for an answer") from None
+        try:
+            yield
+        finally:
+            self._slots.release()
 
     async def command(self, *args: Arg) -> Any:
         """One plain command that is safe to lose. Raises `RedisUnavailable`."""
@@ -140,7 +153,7 @@ class Connection:
     async def commands(self, *rows: Sequence[Arg]) -> list[Any]:
         """Several plain commands in one round trip, not atomic. Raises `RedisUnavailable`."""
         try:
-            async with self._slots, self._client.pipeline(transaction=False) as pipe:
+            async with self._slot(), self._client.pipeline(transaction=False) as pipe:
                 for row in rows:
                     pipe.execute_command(*row)
                 with _cancellation_kept():
@@ -269,7 +282,10 @@ class Subscription:
                 async with asyncio.timeout(self._settings.timeout_s):
                     await self._pubsub.aclose()  # type: ignore[no-untyped-call]
                     self._pubsub = self._client.pubsub()
-                    await self._pubsub.subscribe(*self.channels)
+                    sent = set(self.channels)
+                    await self._pubsub.subscribe(*sent)
+                    for channel in self.channels - sent:  # added while it connected
+                        await self._say("SUBSCRIBE", channel)
                 return
 
     async def _watch(self) -> None:

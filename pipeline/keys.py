@@ -58,7 +58,7 @@ TABLE: dict[str, KeySpec] = {
         "last 10,000, or until `drop` or a replay; their records stay for `queue.dead_ttl_s`",
     ),
     "purged": KeySpec("purged:{0}", "hash cursor -> answer", "purge", "a minute"),
-    "sweep": KeySpec("sweep", "string", "sweep", "one sweep interval: one sweeper at a time"),
+    "sweep": KeySpec("sweeper", "string", "sweep", "one sweep interval: one sweeper at a time"),
     "bus": KeySpec("bus:{0}", "channel", "-", "frames for one API process"),
     "tok": KeySpec("tok:{0}", "channel", "-", "frames of one watched request"),
     "ctl": KeySpec("ctl:{0}", "channel", "-", "notes to one worker: cancel, free"),

@@ -199,7 +199,7 @@ class PoolQueue:
         """
         lane, stage = admission.lane, admission.stage
         answer = await self._call(
-            "admit", *self._stored(admission, limits), limits.max_waiting_tasks, limits.max_waiting_tokens, admission.notify,
+            "admit", *self._stored(admission, limits), limits.max_waiting_tasks, limits.max_waiting_tokens,
             waits_for_memory=False,
         )  # fmt: skip
         if answer[0] == b"full":

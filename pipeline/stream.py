@@ -18,6 +18,7 @@ log = structlog.get_logger("baton.stream")
 
 READ_AGAIN_S = 0.2
 STREAM_DIVERGED = "stream_diverged"
+SHORTEST_LINGER_S = 2.0  # another process that still has a reader says so each half second
 PART_TOKENS = 512  # of a long log, at a time: what others are to be sent comes in between
 
 
@@ -78,6 +79,7 @@ class RequestStream:
         self.is_creator = is_creator
         self.linger_s = linger_s
         self.is_left = False
+        self.has_diverged = False  # it ended for this reader alone: the request itself may go on
         self.ended: Ended | None = None
         self._next = [0] * choices  # index of the first token of each choice that the reader has not got
         self._delivered: list[list[int]] = [
@@ -105,6 +107,8 @@ class RequestStream:
 
     def feed(self, item: TokenItem) -> None:
         """Take a live item: keep it, drop what the reader has, or note that something is missing."""
+        if self.has_diverged:
+            return
         choice, index = item.choice, item.index
         data = item.tokens
         if len(data) == 4 and index == self._next[choice]:
@@ -132,6 +136,8 @@ class RequestStream:
 
     def feed_end(self, item: EndItem) -> None:
         """Take the end of the request; tokens that never came live are read from the log first."""
+        if self.has_diverged:
+            return
         usage = Usage(item.prompt_tokens, item.completion_tokens, item.cached_tokens)
         self.ended = Ended(item.state, item.reason, usage, item.stage, item.timeline)
         is_short = sum(self._next) < item.completion_tokens
@@ -155,11 +161,24 @@ class RequestStream:
             self._reasons[choice] = reason
         self._buffer.append(TokenChunk(choice, index, tokens, reason))
 
-    def _diverge(self, choice: int) -> None:
-        """Redis lost the end of a log and other tokens stand there now: end the stream rather than splice two answers."""
-        if self.ended is None:
+    def _diverge(self, choice: int, certain: Sequence[int] | None = None) -> None:
+        """Redis lost the end of a log and other tokens stand there now: end the stream rather than splice two answers.
+
+        `certain`: how many tokens of each choice were there before Redis was asked; what came live since may be of the other answer.
+        """
+        self.has_diverged = True
+        if certain is not None:
+            self._buffer = [chunk for chunk in self._buffer if chunk.index < certain[chunk.choice]]
+        if self.ended is None or self.ended.state == "done":
             why = f"{STREAM_DIVERGED}: Redis lost tokens of choice {choice} that were already sent; send the request again"
             self.ended = Ended("failed", why, Usage(0, sum(self._next), 0), "decode", Timeline())
+        self._behind = False
+        self._wake()
+
+    def give_up(self, why: str) -> None:
+        """Nothing will come any more: the client that feeds this stream was closed."""
+        if self.ended is None:
+            self.ended = Ended("failed", why, Usage(0, sum(self._next), 0), "", Timeline())
         self._behind = False
         self._wake()
 
@@ -183,7 +202,7 @@ class RequestStream:
         for choice, (tokens, count) in enumerate(zip(standing.log.tokens, start, strict=True)):
             self._next[choice] = count
             self._delivered[choice] = tokens[:count]
-        self._take(standing)
+        self._take(standing, start)
 
     async def __aiter__(self) -> AsyncIterator[list[TokenChunk]]:
         while True:
@@ -230,16 +249,16 @@ class RequestStream:
             self.ended = Ended("failed", "Redis does not know this request any more", gone, "", Timeline())
             return
         if standing is None or self._is_behind(standing, sent):
-            await self._bring_back()
+            await self._bring_back(sent)
             return
-        self._take(standing)
+        self._take(standing, sent)
 
-    def _take(self, standing: Standing) -> None:
+    def _take(self, standing: Standing, certain: Sequence[int]) -> None:
         """Take what the log knows and the reader does not."""
         for choice, (tokens, reason) in enumerate(zip(standing.log.tokens, standing.log.finished, strict=True)):
             sent = self._delivered[choice]
             if tokens[: len(sent)] != sent[: len(tokens)]:
-                self._diverge(choice)
+                self._diverge(choice, certain)
                 return
             missing = tokens[self._next[choice] :]
             if missing or (reason is not None and self._reasons[choice] is None):
@@ -255,7 +274,7 @@ class RequestStream:
         is_short = any(length < count for length, count in zip(lengths, sent, strict=True))
         return is_short and self._restore is not None and standing.state not in ENDED_STATES
 
-    async def _bring_back(self) -> None:
+    async def _bring_back(self, sent: list[int]) -> None:
         assert self._restore is not None
         try:
             restored = await self._restore(Log(tokens=self._delivered, finished=self._reasons))
@@ -265,7 +284,7 @@ class RequestStream:
             await asyncio.sleep(READ_AGAIN_S)
             return
         if restored.state == "diverged":
-            self._diverge(restored.choice)
+            self._diverge(restored.choice, sent)
         elif restored.state != "ok":
             self._behind = True  # it ended meanwhile: read how
 
@@ -277,10 +296,10 @@ class RequestStream:
         """The reader goes before the end. A request that needs no reader goes on, one that may linger waits for another one, any other
         is cancelled if this reader created it."""
         self.is_left = True
-        if self.ended is not None or self.linger_s is None:
+        if (self.ended is not None and not self.has_diverged) or self.linger_s is None:
             return
         if self.linger_s > 0:
-            await self._linger(self.id, self.linger_s)
+            await self._linger(self.id, max(self.linger_s, SHORTEST_LINGER_S))
         elif self.is_creator:
             await self.cancel(reason)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -135,15 +136,32 @@ class TaskClient:
             raise InvalidRequest(f"priority {priority!r} is none of {', '.join(LANES)}", param="priority")
         if countdown < 0 or (expires is not None and expires <= 0):
             raise InvalidRequest(f"countdown {countdown:g} s, expires {expires} s: both lie ahead", param="countdown")
+        if expires is not None and expires <= countdown:
+            raise InvalidRequest(
+                f"it expires after {expires:g} s, before its countdown of {countdown:g} s", param="expires"
+            )
         request_id = await self.pool.admit(
             request,
             stage=stage,
             priority=priority,
-            deadline_s=expires,
+            deadline_s=None if expires is None else expires - countdown,
             delay_s=countdown,
-            idempotency_key=idempotency_key,
+            **_idempotency(request, stage, idempotency_key),
         )
         return AsyncResult(self.pool, request_id)
+
+
+def _idempotency(request: Request, stage: str, key: str) -> dict[str, str]:
+    """A key stands for one call of one task (or one generation); with other arguments it is a conflict."""
+    if not key:
+        return {}
+    name = request.task.name if request.task else request.kind
+    asked = msgspec.structs.replace(request.input, request_id="")
+    body = msgspec.msgpack.encode((request.task, asked))
+    return {
+        "idempotency_key": hashlib.blake2b("\0".join((stage, name, key)).encode(), digest_size=16).hexdigest(),
+        "body_digest": hashlib.blake2b(body, digest_size=16).hexdigest(),
+    }
 
 
 class TaskCaller:

@@ -446,6 +446,7 @@ class Worker:
             await wait_at_most(self._bell, 0.2)
         if len(self._holdings):
             log.warning("handing back what is not finished", worker=self.name, held=len(self._holdings))
+        redis_answers = True
         for held in self._holdings.all():
             if held.job is not None:
                 held.job.cancel()
@@ -453,8 +454,9 @@ class Worker:
                 if not held.job.done():
                     self.is_stuck = True
                     log.error("handler does not end when it is stopped", request_id=held.id, then="this process ends")
-            if not await self._settle(held.task.delivery, Retry("drained", counts=False), self._max_attempts(held)):
-                return
+            if redis_answers:
+                outcome = Retry("drained", counts=False)
+                redis_answers = await self._settle(held.task.delivery, outcome, self._max_attempts(held))
 
 
 def _report_surprise(job: asyncio.Task[Any]) -> None:

@@ -72,7 +72,7 @@ end
 local function store(r, epoch)
   local now = now_us()
   local now_ms = math.floor(tonumber(now) / 1000)
-  local deadline = string.format('%.0f', now_ms + tonumber(r.deadline_s) * 1000)
+  local deadline = string.format('%.0f', now_ms + r.delay_ms + tonumber(r.deadline_s) * 1000)
   redis.call('HSET', key_req(r.id), 'body', r.body, 'epoch', epoch, 'api', r.api, 'tokens', r.tokens, 'blocks', r.blocks,
     'n', r.n, 'v', r.version, 'deadline', deadline, 'ttl', r.ttl, 'dead_ttl', r.dead_ttl, 'idem', r.idem, 'attempts', 0,
     'priority', r.priority, 't_admitted', now, 'linger', r.linger, 'digest', r.digest)
@@ -174,7 +174,7 @@ end
 -- 'always' or 'stuck' (when it made no progress): it may be what killed its engine, so it runs alone the next time.
 local function park(id, counts, max_attempts, why, delay_ms, suspect)
   local req = key_req(id)
-  local h = redis.call('HMGET', req, 'stage', 'lane', 'entry', 'tokens', 'n', 'claimed_length', 'owner')
+  local h = redis.call('HMGET', req, 'stage', 'lane', 'entry', 'tokens', 'n', 'claimed_length', 'owner', 'suspect')
   local stage, lane, entry = h[1], h[2], h[3]
   redis.call('XCLAIM', key_lane(stage, lane), GROUP, delay_ms > 0 and DELAYED or PARKED, 0, entry, 'JUSTID')
   local is_stuck = log_length(id, h[5]) == tonumber(h[6])
@@ -190,7 +190,8 @@ local function park(id, counts, max_attempts, why, delay_ms, suspect)
     finish(id, 'dead', why .. ' after ' .. attempts .. ' attempts in ' .. stage, '')
     return 'dead'
   end
-  local runs_alone = suspect == 'always' or (suspect == 'stuck' and is_stuck)
+  local has_engine = stage == 'prefill' or stage == 'decode'
+  local runs_alone = has_engine and (suspect == 'always' or (is_stuck and (suspect == 'stuck' or h[8] == '1')))
   redis.call('HSET', req, 'state', 'queued', 'owner', '', 'suspect', runs_alone and '1' or '')
   count_waiting(stage, lane, h[4], 1)
   event('task-retried', id, stage, lane, h[7], why)

@@ -54,7 +54,10 @@ local function judge(e, entry, look)
   local waited_ms = now_ms - tonumber(string.match(entry, '^%d+'))
   if look.is_aged and waited_ms < guard_ms then return 'young' end
   if tonumber(e.v) > newest or tonumber(e.blocks) > total then return 'never' end
-  if tonumber(e.blocks) <= look.free and not (e.is_suspect and held > 0) then return 'take' end
+  if e.is_suspect and held > 0 then -- an idle worker takes it; only after a while this one becomes idle for it
+    return waited_ms > overtake_ms + guard_ms and not look.is_aged and 'hold' or 'never'
+  end
+  if tonumber(e.blocks) <= look.free then return 'take' end
   if waited_ms > overtake_ms and not look.is_aged then return 'hold' end
   return 'pass'
 end

@@ -1,5 +1,5 @@
--- Ends requests that wait on a lane, as cancelled; a part of the lane a call, with the first call also those that were admitted for
--- later. It trims nothing: the entries of ended requests are deleted by `finish`, the next claim or the next sweep, as always.
+-- Ends requests that wait on a lane, as cancelled; a part of the lane a call, with the first call also (of the 10,000 next
+-- ones) those that were admitted for later. It trims nothing: the entries of ended requests are deleted by `finish`, the next claim or the next sweep, as always.
 -- KEYS: root
 -- ARGV: stage, lane, cursor ('-' to begin, then what the last call answered), last entry id to look at, how many entries to look
 --       at, nonce of this purge
@@ -16,7 +16,7 @@ local function purge(id)
   purged = purged + 1
 end
 if cursor == '-' then
-  for _, id in ipairs(redis.call('ZRANGE', key_delayed(), 0, -1)) do
+  for _, id in ipairs(redis.call('ZRANGE', key_delayed(), 0, 9999)) do
     local h = redis.call('HMGET', key_req(id), 'stage', 'lane', 'entry')
     if h[1] == stage and h[2] == lane and h[3] == '' then purge(id) end
   end

@@ -9,7 +9,7 @@ local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('EXPIRE', key_alive(role), 86400) -- allowed when memory is full, so all that follows is
 local is_new = redis.call('ZADD', key_alive(role), string.format('%.0f', now_ms + lease_ms), name) == 1
 redis.call('PERSIST', key_alive(role))
-redis.call('HSET', key_worker(name), 'role', role, 'info', info)
+redis.call('HSET', key_worker(name), 'role', role, 'info', info, 'lease', lease_ms)
 redis.call('PEXPIRE', key_worker(name), 3 * lease_ms)
 if role ~= 'api' then redis.call('SADD', key_stages(), role) end
 if is_new then ring('pool') end

@@ -31,7 +31,7 @@ count('restored', 1)
 if not h[1] then
   count('admitted', 1) -- that it was counted is lost, too
   store(r, epoch)
-  if r.idem ~= '' then redis.call('SET', key_idem(r.idem), r.id) end
+  if r.idem ~= '' then redis.call('SET', key_idem(r.idem), r.id, 'NX') end
 else
   redis.call('HSET', req, 'epoch', epoch, 'attempts', 0)
   if h[1] == 'running' then

@@ -74,7 +74,9 @@ local function park_expired(stage, lane, lane_key)
     local c = {}
     for i = 1, #row, 2 do c[row[i]] = row[i + 1] end
     if c.pending > 0 and c.name ~= PARKED and c.name ~= DELAYED then
-      for _, p in ipairs(redis.call('XPENDING', lane_key, GROUP, 'IDLE', lease_ms, '-', '+', LIMIT, c.name)) do
+      local own_ms = tonumber(redis.call('HGET', key_worker(c.name), 'lease') or 0) -- settings of processes may differ
+      local idle_ms = math.max(lease_ms, own_ms)
+      for _, p in ipairs(redis.call('XPENDING', lane_key, GROUP, 'IDLE', idle_ms, '-', '+', LIMIT, c.name)) do
         local id = running_by(lane, lane_key, p[1])
         if not id then
           ack(stage, lane, p[1])

@@ -82,7 +82,7 @@ class Pool:
         await self.connection.command("HSET", self.keys.request(delivery.id), "deadline", 1)
 
     async def sweep(self, lease_s: float = 30) -> dict[str, int]:
-        await self.connection.command("DEL", self.keys.root + "sweep")
+        await self.connection.command("DEL", self.keys.root + "sweeper")
         return await self.queue.sweep("s", interval_s=60, lease_s=lease_s, max_attempts=3)
 
     async def miss_sweeps(self, seconds: int) -> None:
@@ -458,3 +458,33 @@ async def test_a_request_whose_last_tokens_redis_lost_is_not_done(pool: Pool) ->
     last = LLMEngineOutput(delivery.id, 0, 1, [8], FinishReason.EOS)
     await pool.queue.step("w", [StepItem(delivery.id, API, delivery.epoch, last)])
     assert await pool.queue.end(delivery.id, "done", worker="w", epoch=delivery.epoch) == ("done", "")
+
+
+async def test_a_suspect_that_is_handed_back_unproven_stays_one(pool: Pool) -> None:
+    delivery = await pool.claimed("decode")
+    await pool.retry(delivery, is_suspect=True)
+    again = await pool.claim("decode", "w")
+    assert again is not None
+    await pool.queue.hand_back(again, "w", counts=False, max_attempts=3, why="drained")
+    third = await pool.claim("decode", "w")
+    assert third is not None
+    assert third.is_suspect
+
+
+async def test_many_suspects_keep_no_busy_worker_from_others(pool: Pool) -> None:
+    suspects = [await pool.claimed("decode") for _ in range(20)]
+    for suspect in suspects:
+        await pool.retry(suspect, is_suspect=True)
+    other = await pool.admit("decode")
+    delivery = await pool.claim("decode", "w", held=1, overtake_ms=0, guard_ms=60_000)
+    assert delivery is not None
+    assert delivery.id == other
+    assert await pool.claim("decode", "w", held=1, overtake_ms=-1, guard_ms=0) is None  # and one day it waits for them
+
+
+async def test_a_lease_is_as_long_as_its_worker_says(pool: Pool) -> None:
+    """Whoever sweeps may have other settings."""
+    delivery = await pool.claimed("decode")
+    await pool.queue.renew("decode", "w", b"", 3600, [(delivery.id, delivery.epoch)])
+    await pool.age(delivery, "w")
+    assert (await pool.sweep(lease_s=1))["parked"] == 0

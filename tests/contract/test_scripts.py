@@ -296,7 +296,7 @@ async def holds(connection: Connection) -> dict[str, Any]:
             dump[key] = await connection.command("ZRANGE", raw, 0, -1)
         elif kind == "set":
             dump[key] = sorted(await connection.command("SMEMBERS", raw))
-        elif not key.endswith(":sweep"):
+        elif not key.endswith(":sweeper"):
             dump[key] = await connection.command("GET", raw)
     return dump
 

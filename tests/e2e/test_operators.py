@@ -182,7 +182,7 @@ async def test_purge_ends_what_waits_on_the_chosen_lanes(redis_url: str) -> None
     assert sum(row["purged"] for row in await told(redis_url, "purge", "-f")) == 2
     await queue.end(running.id, "failed", worker="d", epoch=running.epoch)
     for _ in range(20):  # the entries leave the lanes as always
-        await connection.command("DEL", queue.keys.root + "sweep")
+        await connection.command("DEL", queue.keys.root + "sweeper")
         await queue.sweep("s", interval_s=1, lease_s=30, max_attempts=3)
     for lane in ("default", "low"):
         assert await connection.command("XLEN", queue.keys.lane("decode", lane)) == 0

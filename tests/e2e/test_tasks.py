@@ -224,14 +224,16 @@ async def test_a_task_that_cannot_be_stopped_ends_its_worker_and_nothing_else(wo
 
 
 async def test_countdown_and_expires(words: Words) -> None:
-    await words.worker()
     path = words.path("order")
-    late = await words.call("order", path, "late", countdown=3)
-    with pytest.raises(TimeoutError, match=f"{late.id} has not ended within 0.1 s"):
-        await late.get(timeout=0.1)
-    expired = await words.call("order", path, "never", countdown=30, expires=0.5)
+    expired = await words.call("order", path, "never", expires=0.5)  # nobody is there to take it
     with pytest.raises(DeadlineExceeded, match=f"{expired.id}: deadline passed while waiting for words"):
         await expired.get(timeout=LIMIT_S)
+    with pytest.raises(InvalidRequest, match="before its countdown"):
+        await words.call("order", path, "never", countdown=30, expires=0.5)
+    await words.worker()
+    late = await words.call("order", path, "late", countdown=3, expires=3.5 + LIMIT_S)
+    with pytest.raises(TimeoutError, match=f"{late.id} has not ended within 0.1 s"):
+        await late.get(timeout=0.1)
     await late.get(timeout=LIMIT_S)
     assert count(path) == 1
     assert await expired.state() == FAILURE

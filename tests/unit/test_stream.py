@@ -314,3 +314,22 @@ async def test_what_becomes_of_a_request_that_its_reader_leaves(
     await stream.leave("again")
     assert "again" not in store.cancelled
     assert len(store.lingers) <= 1
+
+
+async def test_nothing_is_read_behind_a_divergence_and_its_request_is_left() -> None:
+    """Other tokens stand where the reader's do, and then come live behind them: not one of those is read."""
+    store = Store()
+    stream = open_stream(store)
+    other = [token + 1000 for token in LOGS[0]]
+    stream.feed(item(0, 0, 3))
+    got = await anext(aiter(stream))
+    assert [token for chunk in got for token in chunk.token_ids] == LOGS[0][:3]
+    stream.feed(TokenItem("r", 0, 1, pack_tokens(other[1:2])))
+    stream.feed(TokenItem("r", 0, 3, pack_tokens(other[3:4])))
+    stream.feed_end(END)
+    tokens = [token async for chunks in stream for chunk in chunks for token in chunk.token_ids]
+    assert tokens == []
+    assert stream.ended is not None
+    assert (stream.ended.state, stream.has_diverged) == ("failed", True)
+    await stream.leave("diverged")
+    assert store.cancelled == ["diverged"]
