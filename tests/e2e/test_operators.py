@@ -294,7 +294,7 @@ async def test_events_tell_the_life_of_requests_and_workers(default_redis_url: s
                 await client.queue.admit(Admission(bad, "prefill", "@nobody", 3, ""), LIMITS)
                 await client.queue.cancel(bad.id, "revoked")
             prefill.terminate()
-            await system.until(lambda: "prefill" in output.read_text().rpartition("worker-offline")[2], 20)
+            await system.until(lambda: "prefill" in output.read_text().partition("worker-offline")[2], 20)
         finally:
             listener.send_signal(signal.SIGINT)
             assert await asyncio.to_thread(listener.wait, 20) == 130

@@ -232,7 +232,7 @@ async def test_a_stream_goes_on_when_its_worker_is_killed_long_before_the_lease_
         async with asyncio.timeout(LIMIT_S), httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as http:
             undisturbed = (await http.post("/v1/completions", json=body)).json()["choices"][0]["text"]
             asking = asyncio.create_task(http.post("/v1/completions", json=body))
-            await running.says(r"handed over[^\n]*\n[\s\S]*handed over")
+            await running.says(r"Task decode\[[^\n]* received[\s\S]*Task decode\[[^\n]* received")
             running.child("-m workers decode").kill()
             await running.says("held 1 tasks: they wait for another worker")
             answer = (await asking).json()
