@@ -14,6 +14,8 @@ from pipeline.redis_server import RedisServer
 from tests.proxy import RedisProxy
 from tests.system import System
 
+pytestmark = pytest.mark.faults
+
 
 async def test_a_subscription_outlives_a_redis_that_was_away_for_several_attempts(short_dir: Path) -> None:
     # Given a subscription, and Redis killed

@@ -15,6 +15,8 @@ from pipeline.queue import Admission, Limits, PoolQueue
 from tests.e2e.processes import children
 from tests.system import POOL, System, collect, request
 
+pytestmark = pytest.mark.faults
+
 LIMITS = Limits(max_waiting_tasks=9, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)
 SLOW = "engine.mock.decode_base_ms=20"
 

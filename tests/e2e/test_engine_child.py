@@ -17,6 +17,8 @@ from pipeline.protocol import BackendInput, Log, SamplingOptions, StopConditions
 from workers import messages as m
 from workers.child import ChildEngine
 
+pytestmark = pytest.mark.faults
+
 
 @asynccontextmanager
 async def child(place: Path) -> AsyncIterator[ChildEngine]:

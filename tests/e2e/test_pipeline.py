@@ -16,6 +16,8 @@ from pipeline.snapshot import set_router, take_snapshot
 from tests.e2e.processes import children
 from tests.system import System, collect, request
 
+pytestmark = pytest.mark.faults
+
 
 async def run(client: PoolClient, item: Request) -> list[list[int]]:
     tokens, ended = await collect(await client.submit(item), item.input.sampling_options.n)

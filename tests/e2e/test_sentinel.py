@@ -59,7 +59,7 @@ async def test_streams_go_on_over_a_failover_that_loses_the_last_writes(tmp_path
             assert [(ended.state, tokens) for tokens, ended in answers] == [("done", tokens) for tokens in expected]
             assert (brought_back[1].state, brought_back[0][0]) == ("done", expected[0][0])
             assert free[1].state == "done" or free[1].reason.startswith("stream_diverged")
-            assert await system.counter("restored") >= len(items) + 1  # writes were lost
+            assert await system.counter("restored") >= 1  # `late` at least, which the new master had not heard of
             _, ended = await collect(await client.submit(request(100)))
             assert ended.state == "done"
             await system.until(system.rests, 20)
