@@ -52,7 +52,7 @@ async def check_requests(fleet: Fleet, records: list[Record], findings: Findings
         judge_outcome(record, findings)
         standing = await fleet.queue.attach(record.id, watch=False) if record.id else None
         if standing is not None:
-            await judge_log(record, standing, texts, findings, is_exact=fleet.engine == "mock")
+            await judge_log(fleet, record, standing, texts, findings, is_exact=fleet.engine == "mock")
         elif record.id and record.outcome in (DONE, LEFT) and not went_with_the_power(record, fleet):
             findings.add("lost", f"{record.id}: {record.outcome} for its client, but Redis does not know it any more")
 
@@ -60,6 +60,11 @@ async def check_requests(fleet: Fleet, records: list[Record], findings: Findings
 def went_with_the_power(record: Record, fleet: Fleet) -> bool:
     """Admitted and answered within what Redis lost: nobody has it any more, and nobody misses it."""
     return any(0 < cut_s - record.began_s < LOST_AND_BACK_S for cut_s in fleet.redis.power_cuts_s)
+
+
+def ended_with_the_power(record: Record, fleet: Fleet) -> bool:
+    """Its end was within what Redis lost, after its client had all of it: it lives again there, and nobody waits for it."""
+    return any(0 < cut_s - record.ended_s < LOST_AND_BACK_S for cut_s in fleet.redis.power_cuts_s)
 
 
 def judge_outcome(record: Record, findings: Findings) -> None:
@@ -78,12 +83,16 @@ def is_owed_to_its_api(record: Record) -> bool:
     return record.api is not None and "cancelled" in record.reason and record.api.harmed_s > record.began_s
 
 
-async def judge_log(record: Record, standing: Standing, texts: Texts, findings: Findings, *, is_exact: bool) -> None:
+async def judge_log(
+    fleet: Fleet, record: Record, standing: Standing, texts: Texts, findings: Findings, *, is_exact: bool
+) -> None:
     """As Redis has it."""
     findings.states[standing.state] += 1
     expected = record.shape.tokens
     if standing.state not in ENDED_STATES:
         findings.add("hung", f"{record.id}: still {standing.state} in {standing.stage}")
+    elif standing.state == "cancelled" and record.outcome == DONE and ended_with_the_power(record, fleet):
+        pass
     elif standing.state != "done" and record.outcome == DONE:
         findings.add(
             "lost", f"{record.id}: its client got all of it, but it ended as {standing.state}: {standing.reason}"

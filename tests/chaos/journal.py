@@ -29,6 +29,7 @@ class Record:
     api: Member | None
     began_s: float
     id: str = ""  # empty until an answer has named it
+    ended_s: float = 0.0
     outcome: str = ""
     reason: str = ""
     touched_s: float = 0.0  # the first fault that its next token has to get over
@@ -70,7 +71,7 @@ class Journal:
 
     def end(self, record: Record, outcome: str, reason: str = "") -> None:
         """Its client is through with it."""
-        record.outcome, record.reason = outcome, reason
+        record.outcome, record.reason, record.ended_s = outcome, reason, time.monotonic()
         if outcome == DONE:
             self.progress(record)
         self.live.pop(record.id, None)
