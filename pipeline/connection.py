@@ -115,7 +115,7 @@ class Connection:
 
     async def _execute(self, *args: Arg) -> Any:
         async with self._slot():
-            with _cancellation_kept():
+            with _library_call():
                 return await self._client.execute_command(*args)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
 
     @contextlib.asynccontextmanager
@@ -156,7 +156,7 @@ class Connection:
             async with self._slot(), self._client.pipeline(transaction=False) as pipe:
                 for row in rows:
                     pipe.execute_command(*row)
-                with _cancellation_kept():
+                with _library_call():
                     return list(await pipe.execute())
         except (*_LOST, exceptions.ResponseError) as error:
             if not _passes(error):
@@ -185,7 +185,7 @@ class Connection:
         """A subscription that is already in force when this returns."""
         subscription = Subscription(self._settings, channels, self._sentinels, self._leave)
         await subscription.start()
-        self._subscriptions.append(subscription)
+        self._subscriptions = [other for other in self._subscriptions if not other.is_closed] + [subscription]
         return subscription
 
     async def close(self) -> None:
@@ -216,14 +216,15 @@ class Subscription:
         self._pubsub = self._client.pubsub()
         self._delay_s = FIRST_DELAY_S  # before the next attempt to subscribe anew
         self._waits_since_s = math.inf  # since when `messages` waits for Redis; infinite while it does not
-        self._is_closed = False
+        self.is_closed = False
         self.channels = set(channels)
 
     async def start(self) -> None:
         """Subscribe and wait for Redis to say so. Raises `RedisUnavailable`."""
         try:
             async with asyncio.timeout(self._settings.timeout_s):
-                await self._pubsub.subscribe(*self.channels)
+                with _library_call():
+                    await self._pubsub.subscribe(*self.channels)
                 for _ in self.channels:
                     await self._pubsub.parse_response(block=True)
         except (*_LOST, exceptions.ResponseError) as error:
@@ -283,7 +284,8 @@ class Subscription:
                     await self._pubsub.aclose()  # type: ignore[no-untyped-call]
                     self._pubsub = self._client.pubsub()
                     sent = set(self.channels)
-                    await self._pubsub.subscribe(*sent)
+                    with _library_call():
+                        await self._pubsub.subscribe(*sent)
                     for channel in self.channels - sent:  # added while it connected
                         await self._say("SUBSCRIBE", channel)
                 return
@@ -321,17 +323,18 @@ class Subscription:
             return
         with contextlib.suppress(*_LOST):
             async with asyncio.timeout(self._settings.timeout_s):
-                await connection.send_command(*words, check_health=False)
+                with _library_call():
+                    await connection.send_command(*words, check_health=False)
 
     async def drop(self) -> None:
         """Give the connection up; `messages` subscribes anew, behind Sentinels to whoever is master then."""
         connection: Any = self._pubsub.connection
-        if connection is not None and not self._is_closed:
+        if connection is not None and not self.is_closed:
             await connection.disconnect(nowait=True)
 
     async def close(self) -> None:
         """Close the connection; a running `messages` ends with its task. May be called twice."""
-        self._is_closed = True
+        self.is_closed = True
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]
         await self._client.aclose()
 
@@ -362,7 +365,8 @@ class _Sentinels:
         raise exceptions.ConnectionError(f"no Sentinel knows the master {self.url.master!r} ({said})")
 
     async def _ask(self, client: redis.asyncio.Redis) -> tuple[int, str, int]:
-        row = await client.execute_command("SENTINEL", "MASTER", self.url.master)  # type: ignore[no-untyped-call]
+        with _library_call():
+            row = await client.execute_command("SENTINEL", "MASTER", self.url.master)  # type: ignore[no-untyped-call]
         fields = {name.decode(): value.decode() for name, value in zip(row[::2], row[1::2], strict=True)}
         return int(fields["config-epoch"]), fields["ip"], int(fields["port"])
 
@@ -373,13 +377,21 @@ class _Sentinels:
 
 
 @contextlib.contextmanager
-def _cancellation_kept() -> Iterator[None]:
-    """A cancellation that came while redis-py waited is raised after its call: its `asyncio.wait_for` swallows one that
-    arrives together with the end of a write (Python 3.11), and a task that was cancelled would then run for ever."""
+def _library_call() -> Iterator[None]:
+    """Around each call of redis-py, for what it and uvloop get wrong.
+
+    A cancellation that came while redis-py waited is raised after its call: its `asyncio.wait_for` swallows one that arrives
+    together with the end of a write (Python 3.11), and a task that was cancelled would then run for ever. Writing to a line
+    that the server closed a moment ago is a lost connection, for which uvloop has only a RuntimeError.
+    """
     task = asyncio.current_task()
     before = task.cancelling() if task else 0
     try:
         yield
+    except RuntimeError as error:
+        if "the handler is closed" not in str(error):
+            raise
+        raise exceptions.ConnectionError("the server closed the line") from error
     finally:  # whatever else the call raised: a caller would take that for a lost connection and go on
         if task and task.cancelling() > before:
             raise asyncio.CancelledError

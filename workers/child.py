@@ -77,7 +77,7 @@ class ChildEngine:
         self._steps = asyncio.Queue()
         self._started = asyncio.get_running_loop().create_future()
         self._reading = asyncio.create_task(self._read(reader), name="engine child")
-        m.send(self._writer, self._start)
+        self._send(self._start)
         self._info = await self._started
 
     async def prefill(self, request: BackendInput, done: Log) -> Prefilled:

@@ -7,7 +7,7 @@ import dataclasses
 import statistics
 from typing import Any
 
-from tests.chaos.invariants import KINDS, Findings
+from tests.chaos.invariants import ALLOWED, KINDS, Findings
 from tests.chaos.journal import OUTCOMES, Journal
 
 SHOWN = 12  # broken things of a kind that are printed
@@ -28,7 +28,7 @@ class Report:
     hits: dict[str, int]
     recoveries: int
     recovery_s: dict[str, float]
-    near_ties: int
+    allowed: dict[str, int]
     broken: dict[str, list[str]]
 
     @property
@@ -65,7 +65,7 @@ class Report:
             ("recoveries", str(self.recoveries)),
             ("recovery time", ", ".join(f"{name} {value:.2f} s" for name, value in self.recovery_s.items())),
             *((kind, str(len(self.broken[kind]))) for kind in KINDS),
-            ("near ties after a recovery", str(self.near_ties)),
+            *((f"allowed: {what}", str(self.allowed.get(what, 0))) for what in ALLOWED),
         ]
         head = f"{self.engine} engine, {self.clients} clients, {self.seconds:g} s, seed {self.seed}"
         lines = [f"| chaos | {head} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
@@ -89,7 +89,7 @@ def make_report(
     outcomes = {outcome: counted[outcome] for outcome in (*OUTCOMES, *sorted(counted.keys() - set(OUTCOMES)))}
     return Report(
         outcomes=outcomes, faults=faults, hits=hits, recoveries=len(journal.recoveries_s),
-        recovery_s=_percentiles(journal.recoveries_s), near_ties=findings.near_ties, broken=findings.broken, **settings,
+        recovery_s=_percentiles(journal.recoveries_s), allowed=dict(findings.allowed), broken=findings.broken, **settings,
     )  # fmt: skip
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from pipeline.config import RedisSettings
-from pipeline.connection import Connection, _cancellation_kept
+from pipeline.connection import Connection, Subscription, _library_call
 from pipeline.errors import RedisUnavailable
 from pipeline.redis_server import RedisServer
 from tests.proxy import RedisProxy
@@ -90,7 +92,7 @@ async def test_a_cancellation_that_meets_a_lost_connection_is_kept() -> None:
     """As `asyncio.wait_for` of Python 3.11 does it: the cancellation is swallowed, the call's own error is raised."""
 
     async def call() -> None:
-        with _cancellation_kept():
+        with _library_call():
             try:
                 await asyncio.sleep(60)
             except asyncio.CancelledError:
@@ -101,6 +103,47 @@ async def test_a_cancellation_that_meets_a_lost_connection_is_kept() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+def test_a_line_that_the_server_closes_is_a_lost_connection_whatever_the_loop_says(default_redis_url: str) -> None:
+    """Workers and API run on uvloop, which raises a RuntimeError for a write that comes in that moment."""
+
+    async def talk(connection: Connection) -> None:
+        for _ in range(300):
+            with contextlib.suppress(RedisUnavailable):
+                await connection.command("PING")
+                await connection.commands(("PING",), ("PING",))
+            await asyncio.sleep(0.002)
+
+    async def listen(subscription: Subscription) -> None:
+        async for _ in subscription.messages():
+            pass
+
+    async def change(subscription: Subscription) -> None:
+        while True:
+            await subscription.add("more")
+            await asyncio.sleep(0.002)
+
+    async def close_lines(admin: Connection) -> None:
+        while True:
+            await admin.command("CLIENT", "KILL", "SKIPME", "yes")
+            await asyncio.sleep(0.03)
+
+    async def scenario() -> None:
+        settings = RedisSettings(url=default_redis_url)
+        connections = [Connection(settings) for _ in range(5)]
+        subscriptions = [await connection.subscribe("news") for connection in connections]
+        endless = [close_lines(connections[0]), *map(listen, subscriptions), *map(change, subscriptions)]
+        tasks = [asyncio.create_task(work) for work in endless]
+        await asyncio.gather(*(talk(connection) for connection in connections[1:] for _ in range(5)))
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert all(task.cancelled() for task in tasks)
+        for connection in connections:
+            await connection.close()
+
+    uvloop.run(scenario())
 
 
 async def test_a_subscription_to_a_host_that_vanished_is_noticed(default_redis_url: str, short_dir: Path) -> None:
