@@ -173,7 +173,9 @@ class Load:
             else:
                 if outcome == LEFT:
                     await self._say_goodbye(record, http)
-                lags = "ahead of the log" in reason and self._fleet.redis.power_cuts_s  # what was lost is computed again
+                lags = (
+                    "ahead of the log" in reason and self._fleet.redis.power_cuts_s
+                )  # what was lost is computed again
                 goes_on = record.id and (outcome == REFUSED or lags)
                 if not goes_on:
                     return outcome, reason
