@@ -126,10 +126,10 @@ class TorchSettings(Section, frozen=True, kw_only=True):
 
 
 class VllmSettings(Section, frozen=True, kw_only=True):
-    """`[engine.vllm]`; 0 leaves a value to vLLM."""
+    """`[engine.vllm]`"""
 
     dtype: str = "auto"
-    block_size: Amount = 0
+    block_size: Count = 32  # the least that vLLM's attention on a CPU takes; it reads what the API counts with, too
     kv_cache_bytes: Amount = 0  # memory of the blocks; 0: what `gpu_memory_utilization` leaves
     gpu_memory_utilization: Share = 0.9
     max_num_seqs: Count = 128
@@ -164,6 +164,11 @@ class EngineSettings(Section, frozen=True, kw_only=True):
     torch: TorchSettings = TorchSettings()
     vllm: VllmSettings = VllmSettings()
     mock: MockSettings = MockSettings()
+
+    def of(self, engine: str) -> TorchSettings | VllmSettings | MockSettings:
+        """The section of an engine, by its name in `pools.<name>.engine`."""
+        section: TorchSettings | VllmSettings | MockSettings = getattr(self, engine)
+        return section
 
 
 class TransferSettings(Section, frozen=True, kw_only=True):

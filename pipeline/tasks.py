@@ -61,8 +61,7 @@ async def connect(settings: Settings, pool: str = "") -> AsyncIterator[TaskClien
         pool = next(iter(settings.pools))
     if pool not in settings.pools:
         raise ConfigError(f"which pool? {pool!r} is none of {sorted(settings.pools)}")
-    is_mock = settings.pools[pool].engine == "mock"
-    block_size = settings.engine.mock.block_size if is_mock else settings.engine.torch.block_size
+    block_size = settings.engine.of(settings.pools[pool].engine).block_size
     connection = Connection(settings.redis)
     try:
         async with PoolClient(

@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from workers.engines.vllm.exchange import Moved
@@ -19,10 +20,20 @@ POLL_S = 0.002  # while all requests wait for something that nobody tells us of,
 MAX_UNREAD_STEPS = 256  # the engine pauses while its reader is this far behind
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What vLLM holds now: requests that run and that wait, blocks that are used and that are free (or would be, by eviction)."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    blocks_free: int = 0
+
+
 class Core:
     """Runs `make` on its thread and steps what it gives until `close`. `on_death` is called in the loop with what a step raised."""
 
-    def __init__(self, on_outputs: Callable[[Any, int, int], None], on_death: Callable[[BaseException], None]) -> None:
+    def __init__(self, on_outputs: Callable[[Any], None], on_death: Callable[[BaseException], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_outputs = on_outputs
         self._on_death = on_death
@@ -70,6 +81,15 @@ class Core:
     def tell(self, moved: Moved) -> None:
         """Blocks were sent or received. A request whose blocks were lost must not run on them: it is stopped first."""
         self.post(lambda: self._tell(moved))
+
+    def load(self) -> Load:
+        """Asked from any thread: it reads four numbers that vLLM keeps, and vLLM tells them with a step only."""
+        if self._engine is None:
+            return Load()
+        running, waiting = self._scheduler.get_request_counts()
+        pool = self._scheduler.kv_cache_manager.block_pool
+        free = pool.get_num_free_blocks()
+        return Load(running, waiting, pool.num_gpu_blocks - 1 - free, free)
 
     def read(self) -> None:
         """The outputs of one step were read."""
@@ -134,16 +154,10 @@ class Core:
         if outputs.outputs or outputs.scheduler_stats:
             with self._changed:
                 self._unread += 1
-            self._say(self._on_outputs, outputs, *self._blocks())
+            self._say(self._on_outputs, outputs)
         if not outputs.outputs and not self._scheduler.running:  # all wait: for blocks, whose arrival is told, or else
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closing or self._orders, POLL_S)
-
-    def _blocks(self) -> tuple[int, int]:
-        """Blocks that are used, and that are free (now or by eviction from the prefix cache)."""
-        pool = self._scheduler.kv_cache_manager.block_pool
-        free = pool.get_num_free_blocks()
-        return pool.num_gpu_blocks - 1 - free, free
 
     def _tell(self, moved: Moved) -> None:
         from vllm.v1.outputs import KVConnectorOutput

@@ -7,33 +7,31 @@ from typing import Any
 
 from pipeline.protocol import BackendInput
 from workers.engine import EngineStats
+from workers.engines.vllm.core import Load
 from workers.transfer import TransferStats
+
+
+LONGEST_STEP_S = 1.0
 
 
 class Counters:
     """Counts; `stats` is a moment of it."""
 
     def __init__(self) -> None:
-        self._running = self._waiting = 0
-        self._blocks_used = self._blocks_free = 0
         self._prefix_hit_tokens = self._prefix_query_tokens = 0
         self._prompt_tokens_computed = self._output_tokens = 0
         self._preemptions = self._steps = 0
         self._step_ms = 0.0
         self._last_s = 0.0
 
-    def count(self, step: Any, blocks_used: int, blocks_free: int) -> None:
-        """One step (vLLM's `EngineCoreOutputs`), and the blocks after it."""
+    def count(self, step: Any) -> None:
+        """One step (vLLM's `EngineCoreOutputs`)."""
         self._steps += 1
-        self._blocks_used, self._blocks_free = blocks_used, blocks_free
         now_s = time.perf_counter()
-        if self._running:  # an idle engine's pause is no step
+        if now_s - self._last_s < LONGEST_STEP_S:  # an idle engine's pause is no step
             self._step_ms += 0.1 * ((now_s - self._last_s) * 1000 - self._step_ms)
         self._last_s = now_s
         self._output_tokens += sum(len(output.new_token_ids) for output in step.outputs)
-        if (told := step.scheduler_stats) is not None:
-            self._running = told.num_running_reqs
-            self._waiting = told.num_waiting_reqs + getattr(told, "num_skipped_waiting_reqs", 0)
         for output in step.outputs:
             self._preemptions += sum(event.type.name == "PREEMPTED" for event in output.events or ())
 
@@ -43,18 +41,13 @@ class Counters:
         self._prefix_hit_tokens += local_tokens
         self._prompt_tokens_computed += len(request.token_ids) - cached_tokens
 
-    def rest(self, blocks_used: int, blocks_free: int) -> None:
-        """Nothing is left to step."""
-        self._running = self._waiting = 0
-        self._blocks_used, self._blocks_free = blocks_used, blocks_free
-
-    def stats(self, transfer: TransferStats) -> EngineStats:
+    def stats(self, load: Load, transfer: TransferStats) -> EngineStats:
         """The figures now."""
         return EngineStats(
-            running=self._running,
-            waiting=self._waiting,
-            blocks_used=self._blocks_used,
-            blocks_free=self._blocks_free,
+            running=load.running,
+            waiting=load.waiting,
+            blocks_used=load.blocks_used,
+            blocks_free=load.blocks_free,
             prefix_hit_tokens=self._prefix_hit_tokens,
             prefix_query_tokens=self._prefix_query_tokens,
             prompt_tokens_computed=self._prompt_tokens_computed,

@@ -18,7 +18,7 @@ from pipeline.protocol import BackendInput, FinishReason, KVHandle, LLMEngineOut
 from workers.engine import AsyncEngine, EngineInfo, EngineStats, Prefilled
 from workers.engines.paged.refusals import refuse_unserved
 from workers.engines.paged.sequence import finish_reason
-from workers.engines.vllm.core import Core
+from workers.engines.vllm.core import Core, Load
 from workers.engines.vllm.counters import Counters
 from workers.engines.vllm.exchange import Exchange, Export, Fetch
 from workers.engines.vllm.jobs import Choice, Job
@@ -65,7 +65,7 @@ class VllmEngine:
         self._exchange = Exchange(self._transfer, lambda: self.info.layout, self._core.tell)
         self._vllm = await self._core.start(lambda: make_engine(self._pool, self._settings, self._exchange))
         self._supported = await self._core.call(lambda: self._vllm.engine_core.get_supported_tasks())
-        self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model))
+        self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model, self._settings))
 
     # -- requests -------------------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """See `AsyncEngine.stats`."""
-        return self._counters.stats(self._transfer.stats())
+        return self._counters.stats(self._core.load() if self._core else Load(), self._transfer.stats())
 
     async def close(self) -> None:
         """See `AsyncEngine.close`."""
@@ -190,9 +190,9 @@ class VllmEngine:
         self._news.set()
         await self._transfer.close()
 
-    def _take(self, step: Any, blocks_used: int, blocks_free: int) -> None:
+    def _take(self, step: Any) -> None:
         """The outputs of one step of vLLM (`EngineCoreOutputs`)."""
-        self._counters.count(step, blocks_used, blocks_free)
+        self._counters.count(step)
         outputs = []
         for output in step.outputs:
             choice = self._choices.get(output.request_id)

@@ -56,6 +56,7 @@ def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dic
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "dtype": settings.dtype,
+        "block_size": settings.block_size,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "enable_prefix_caching": settings.prefix_cache,
@@ -65,20 +66,18 @@ def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dic
         "logits_processors": [f"{sampling.__name__}:{sampling.KeyedSampling.__name__}"],
         "disable_log_stats": False,
     }
-    optional = {
-        "block_size": settings.block_size,
-        "max_model_len": pool.max_model_len,
-        "kv_cache_memory_bytes": settings.kv_cache_bytes,
-    }
+    optional = {"max_model_len": pool.max_model_len, "kv_cache_memory_bytes": settings.kv_cache_bytes}
     return ours | {name: value for name, value in optional.items() if value} | settings.args
 
 
-def describe(engine: Any, memory: PagedMemory, model: str) -> EngineInfo:
+def describe(engine: Any, memory: PagedMemory, model: str, settings: VllmSettings) -> EngineInfo:
     """What the engine is, once it has started."""
     config = engine.vllm_config
     [weights] = engine.engine_core.collective_rpc(sample_weights)
     num_blocks = memory.num_blocks - 1  # vLLM keeps the first one empty
     block_size = config.cache_config.block_size
+    if block_size != settings.block_size:
+        raise Unservable(f"vLLM made blocks of {block_size} tokens: set engine.vllm.block_size to that, here and where the API runs")
     return EngineInfo(
         name="vllm",
         model=model,
