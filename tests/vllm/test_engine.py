@@ -11,13 +11,15 @@ from typing import Any
 
 import msgspec
 import pytest
+import pytest_asyncio
 
 from pipeline.config import EngineSettings, PoolSettings, TransferSettings, VllmSettings
 from pipeline.errors import EngineDied, KVLost, Unservable
 from pipeline.protocol import BackendInput, FinishReason, GuidedDecoding, KVHandle, Log, OutputOptions
 from tests.contract.engines import Running, request_of, stopping
 from tests.vllm.settings import requires_vllm
-from workers.child import ChildEngine
+from workers.child import STATS_S, ChildEngine
+from workers.engine import EngineStats
 
 pytestmark = [pytest.mark.vllm, requires_vllm, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -38,8 +40,21 @@ class Pair:
         """Both have given back every block and every handle."""
         async with asyncio.timeout(20):
             for running in (self.prefill, self.decode):
-                while (s := running.engine.stats()) and (s.blocks_used, s.handles_exported, s.running, s.waiting) != (0, 0, 0, 0):  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
+                while held(await fresh(running)) != (0, 0, 0, 0):
+                    pass
+
+
+async def fresh(running: Running) -> EngineStats:
+    """Figures that the engine has said since this was called; what it said while nobody read lies before them."""
+    await asyncio.sleep(2 * STATS_S)
+    before = running.engine.stats()
+    while running.engine.stats() is before:  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
+    return running.engine.stats()
+
+
+def held(stats: EngineStats) -> tuple[int, int, int, int]:
+    return stats.blocks_used, stats.handles_exported, stats.running, stats.waiting
 
 
 @contextlib.asynccontextmanager
@@ -60,7 +75,7 @@ async def child(name: str, place: Path, **fields: Any) -> AsyncIterator[Running]
             await running.reading
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     place = tmp_path_factory.mktemp("blocks")
     async with child("prefill", place) as prefill, child("decode", place) as decode:
@@ -122,7 +137,7 @@ async def test_a_log_that_is_complete_but_not_said_so_ends_without_a_step(pair: 
 
 
 async def exported(pair: Pair, name: str, length: int = 70) -> tuple[BackendInput, KVHandle, Log]:
-    asked = request_of(name, prompt(length, len(name)), 10)
+    asked = request_of(name, prompt(length, sum(map(ord, name))), 10)
     prefilled = await pair.prefill.engine.prefill(asked, Log.empty(1))
     assert prefilled.kv is not None
     return asked, prefilled.kv, Log(tokens=[list(prefilled.outputs[0].token_ids)], finished=[None])

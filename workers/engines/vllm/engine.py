@@ -65,6 +65,7 @@ class VllmEngine:
         self._exchange = Exchange(self._transfer, lambda: self.info.layout, self._core.tell)
         self._vllm = await self._core.start(lambda: make_engine(self._pool, self._settings, self._exchange))
         self._supported = await self._core.call(lambda: self._vllm.engine_core.get_supported_tasks())
+        self._vocab_size = self._vllm.vllm_config.model_config.get_vocab_size()
         self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model, self._settings))
 
     # -- requests -------------------------------------------------------------------------------------------------------------
@@ -237,6 +238,8 @@ class VllmEngine:
         if request.request_id in self._jobs:
             raise Unservable(f"request {request.request_id} is already in this engine")
         refuse_unserved(request, done, self.info, unserved_fields(request))
+        if (largest := max(request.token_ids)) >= self._vocab_size:  # without a tokenizer vLLM does not look, and dies of it
+            raise Unservable(f"request {request.request_id}: token id {largest}, the model has {self._vocab_size}")
 
     def _check_handle(self, request: BackendInput, kv: KVHandle) -> None:
         if kv.layout != self.info.layout:
