@@ -52,7 +52,9 @@ def max_model_len(name: str, pool: PoolSettings, engine: EngineSettings, model_s
     """Prompt and output tokens together, at most: what is set, bounded by what the model and an engine's blocks can."""
     section = engine.of(pool.engine)
     limits = [
-        None if isinstance(section, VllmSettings) else section.num_blocks * section.block_size,  # vLLM counts at its start
+        None
+        if isinstance(section, VllmSettings)
+        else section.num_blocks * section.block_size,  # vLLM counts at its start
         section.max_model_len if isinstance(section, MockSettings) else model_says,
         pool.max_model_len or None,
     ]

@@ -11,7 +11,11 @@ import json
 import os
 import sys
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 
 
 def main() -> None:
@@ -30,7 +34,10 @@ def main() -> None:
                 llm.reset_prefix_cache()
             [output] = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
             answer = output.outputs[0]
-            margins = [abs(max(top) - sorted(top)[-2]) for top in ([p.logprob for p in step.values()] for step in answer.logprobs)]
+            margins = [
+                abs(max(top) - sorted(top)[-2])
+                for top in ([p.logprob for p in step.values()] for step in answer.logprobs)
+            ]
             found.append({"tokens": list(answer.token_ids), "margins": margins})
         if run == "cold":  # warm: every prompt finds its own blocks
             for prompt in told["prompts"]:

@@ -26,7 +26,8 @@ EDGES = (1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 255, 256, 257,
 # fmt: on
 
 requires_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm makes an environment for it"
+    importlib.util.find_spec("vllm") is None,
+    reason="vLLM is not installed here: make test-vllm makes an environment for it",
 )
 
 

@@ -167,7 +167,9 @@ async def test_lost_blocks_are_said_and_never_used(pair: Pair, loss: str) -> Non
 
 async def test_what_is_cancelled_gives_back_its_blocks(pair: Pair) -> None:
     decode = pair.decode.engine
-    running = [request_of(f"cancelled {number}", prompt(100, number), 1000, n=2) for number in range(12)]  # 24 of 16 places
+    running = [
+        request_of(f"cancelled {number}", prompt(100, number), 1000, n=2) for number in range(12)
+    ]  # 24 of 16 places
     joining = [asyncio.create_task(decode.decode(item, None, Log.empty(2))) for item in running]
     await pair.decode.until(lambda: len(pair.decode.tokens.get(("cancelled 0", 1), [])) > 3)
     for item in running:
@@ -223,7 +225,9 @@ async def test_it_ends_where_the_request_says(pair: Pair) -> None:
         msgspec.structs.replace(stopping(asked, min_tokens=12), request_id="late", eos_token_ids=[third])
     )
     assert len(late) >= 12
-    single = await pair.prefill.engine.prefill(stopping(msgspec.structs.replace(asked, request_id="1"), max_tokens=1), Log.empty(1))
+    single = await pair.prefill.engine.prefill(
+        stopping(msgspec.structs.replace(asked, request_id="1"), max_tokens=1), Log.empty(1)
+    )
     assert single.kv is None
     assert single.outputs[0].finish_reason is FinishReason.LENGTH
     await pair.rests()

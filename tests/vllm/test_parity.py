@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.builtin import builtin_model_path
-from tests.e2e.test_parity import decode_stats, handed_over
+from tests.e2e.test_parity import decode_stats
 from tests.reference import Answer
-from tests.system import POOL, System, collect, request
+from tests.system import System, collect, request
 from tests.vllm.settings import VLLM, edge_prompts, requires_vllm
 
 pytestmark = [pytest.mark.vllm, requires_vllm, pytest.mark.timeout(600)]

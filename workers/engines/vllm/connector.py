@@ -55,7 +55,9 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         engine_id = vllm_config.kv_transfer_config.engine_id
         if engine_id not in exchanges:
-            raise Unservable("vLLM put its model into another process than its scheduler: Baton serves engines of one process")
+            raise Unservable(
+                "vLLM put its model into another process than its scheduler: Baton serves engines of one process"
+            )
         self._exchange = exchanges[engine_id]
         self._block_size = vllm_config.cache_config.block_size
         self._loads: list[Load] = []
@@ -117,4 +119,3 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         """Nothing: see `save_kv_layer`."""
-

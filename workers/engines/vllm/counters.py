@@ -10,7 +10,6 @@ from workers.engine import EngineStats
 from workers.engines.vllm.core import Load
 from workers.transfer import TransferStats
 
-
 LONGEST_STEP_S = 1.0
 
 

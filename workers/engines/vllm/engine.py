@@ -66,7 +66,9 @@ class VllmEngine:
         self._vllm = await self._core.start(lambda: make_engine(self._pool, self._settings, self._exchange))
         self._supported = await self._core.call(lambda: self._vllm.engine_core.get_supported_tasks())
         self._vocab_size = self._vllm.vllm_config.model_config.get_vocab_size()
-        self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model, self._settings))
+        self._info = await self._core.call(
+            lambda: describe(self._vllm, self._exchange.memory, self._pool.model, self._settings)
+        )
 
     # -- requests -------------------------------------------------------------------------------------------------------------
 
@@ -218,8 +220,13 @@ class VllmEngine:
         choice.output += output.new_token_ids
         reason, error = finish_reason(request, choice.output, self.info.max_model_len), None
         if output.finish_reason is not None and str(output.finish_reason) == "error":
-            reason, error = FinishReason.ERROR, f"request {request.request_id}: vLLM gave up on it; its log has the reason"
-        return LLMEngineOutput(request.request_id, choice.number, index, list(output.new_token_ids), reason, None, error)
+            reason, error = (
+                FinishReason.ERROR,
+                f"request {request.request_id}: vLLM gave up on it; its log has the reason",
+            )
+        return LLMEngineOutput(
+            request.request_id, choice.number, index, list(output.new_token_ids), reason, None, error
+        )
 
     def _die(self, error: BaseException) -> None:
         self._death = EngineDied(f"vLLM failed: {type(error).__name__}: {error}")
@@ -238,7 +245,9 @@ class VllmEngine:
         if request.request_id in self._jobs:
             raise Unservable(f"request {request.request_id} is already in this engine")
         refuse_unserved(request, done, self.info, unserved_fields(request))
-        if (largest := max(request.token_ids)) >= self._vocab_size:  # without a tokenizer vLLM does not look, and dies of it
+        if (
+            largest := max(request.token_ids)
+        ) >= self._vocab_size:  # without a tokenizer vLLM does not look, and dies of it
             raise Unservable(f"request {request.request_id}: token id {largest}, the model has {self._vocab_size}")
 
     def _check_handle(self, request: BackendInput, kv: KVHandle) -> None:

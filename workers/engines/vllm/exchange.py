@@ -143,7 +143,9 @@ class Exchange:
         try:
             if export is None or export.handle.done():  # nobody waits for it any more
                 return
-            publishing = asyncio.ensure_future(self._transfer.export(Source(self.memory, export, blocks, self._layout())))
+            publishing = asyncio.ensure_future(
+                self._transfer.export(Source(self.memory, export, blocks, self._layout()))
+            )
             export.handle.add_done_callback(lambda _: publishing.cancel())  # it may be waiting for room
             handle = await publishing
             if not _set(export.handle, handle):
@@ -220,7 +222,9 @@ class Sink:
             self._fetch.tail = bytes(tail)
 
 
-def _set(future: asyncio.Future[object] | asyncio.Future[None] | asyncio.Future[KVHandle], value: object = None) -> bool:
+def _set(
+    future: asyncio.Future[object] | asyncio.Future[None] | asyncio.Future[KVHandle], value: object = None
+) -> bool:
     """Set a result that may be awaited no more; whether it was taken."""
     if future.done():
         return False

@@ -24,9 +24,9 @@ from vllm import EngineArgs  # noqa: E402
 from vllm.config import KVTransferConfig  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 
+from pipeline.builtin import model_place  # noqa: E402
 from pipeline.config import PoolSettings, VllmSettings  # noqa: E402
 from pipeline.errors import Unservable  # noqa: E402
-from pipeline.builtin import model_place  # noqa: E402
 from workers.engine import EngineInfo  # noqa: E402
 from workers.engines.vllm import connector, sampling  # noqa: E402
 from workers.engines.vllm.exchange import Exchange  # noqa: E402
@@ -77,7 +77,9 @@ def describe(engine: Any, memory: PagedMemory, model: str, settings: VllmSetting
     num_blocks = memory.num_blocks - 1  # vLLM keeps the first one empty
     block_size = config.cache_config.block_size
     if block_size != settings.block_size:
-        raise Unservable(f"vLLM made blocks of {block_size} tokens: set engine.vllm.block_size to that, here and where the API runs")
+        raise Unservable(
+            f"vLLM made blocks of {block_size} tokens: set engine.vllm.block_size to that, here and where the API runs"
+        )
     return EngineInfo(
         name="vllm",
         model=model,

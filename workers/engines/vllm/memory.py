@@ -56,7 +56,9 @@ def as_bytes(name: str, layer: torch.Tensor) -> torch.Tensor:
     elements = layer[0].numel()
     if layer.stride(0) < elements or not is_dense(layer[0]):
         shape = f"{tuple(layer.shape)}, strides {layer.stride()}"
-        raise Unservable(f"vLLM lays out {name} as {shape}: its blocks are not runs of bytes, so they cannot be handed over")
+        raise Unservable(
+            f"vLLM lays out {name} as {shape}: its blocks are not runs of bytes, so they cannot be handed over"
+        )
     return torch.as_strided(layer, (layer.shape[0], elements), (layer.stride(0), 1)).view(torch.uint8)
 
 
