@@ -31,7 +31,6 @@ async def open_pool(name: str, settings: Settings, connection: Connection, proce
         connection,
         name,
         process,
-        block_size=settings.engine.of(pool.engine).block_size,
         queue=settings.queue,
         router=settings.router,
         worker=settings.worker,

@@ -5,7 +5,7 @@ Defaults live here once; `config.toml` repeats every key with its default and a 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -126,10 +126,10 @@ class TorchSettings(Section, frozen=True, kw_only=True):
 
 
 class VllmSettings(Section, frozen=True, kw_only=True):
-    """`[engine.vllm]`"""
+    """`[engine.vllm]`; 0 leaves a value to vLLM."""
 
     dtype: str = "auto"
-    block_size: Count = 32  # the least that vLLM's attention on a CPU takes; it reads what the API counts with, too
+    block_size: Amount = 0
     kv_cache_bytes: Amount = 0  # memory of the blocks; 0: what `gpu_memory_utilization` leaves
     gpu_memory_utilization: Share = 0.9
     max_num_seqs: Count = 128
@@ -137,7 +137,7 @@ class VllmSettings(Section, frozen=True, kw_only=True):
     prefix_cache: bool = True
     enforce_eager: bool = False
     threads: Count = 1  # CPU threads of the engine
-    args: dict[str, Any] = {}  # more of vLLM's own engine arguments; they win
+    args: str = ""  # more of vLLM's engine arguments, a JSON object; they win
 
 
 class MockSettings(Section, frozen=True, kw_only=True):

@@ -61,11 +61,10 @@ async def connect(settings: Settings, pool: str = "") -> AsyncIterator[TaskClien
         pool = next(iter(settings.pools))
     if pool not in settings.pools:
         raise ConfigError(f"which pool? {pool!r} is none of {sorted(settings.pools)}")
-    block_size = settings.engine.of(settings.pools[pool].engine).block_size
     connection = Connection(settings.redis)
     try:
         async with PoolClient(
-            connection, pool, new_process_name("client"), block_size=block_size, queue=settings.queue,
+            connection, pool, new_process_name("client"), queue=settings.queue,
             router=settings.router, worker=settings.worker, silence_s=settings.api.silence_s,
         ) as client:  # fmt: skip
             yield TaskClient(client)

@@ -130,9 +130,8 @@ class System:
     async def client(self, name: str = "test-api", connection: Connection | None = None) -> AsyncIterator[PoolClient]:
         """A pool client in this process, as an API process has one."""
         settings = self.settings
-        block_size = settings.engine.of(settings.pools[POOL].engine).block_size
         async with PoolClient(
-            connection or self.connection, POOL, name, block_size=block_size, queue=settings.queue,
+            connection or self.connection, POOL, name, queue=settings.queue,
             router=settings.router, worker=settings.worker, silence_s=settings.api.silence_s,
         ) as client:  # fmt: skip
             yield client

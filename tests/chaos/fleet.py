@@ -134,9 +134,8 @@ class Fleet:
     async def client(self) -> AsyncIterator[PoolClient]:
         """A client of the pool in this process, behind the driver's proxy."""
         settings = self.system.settings
-        blocks = settings.engine.of(self.engine)
         async with PoolClient(
-            self.connection, POOL, f"driver-{secrets.token_hex(3)}", block_size=blocks.block_size, queue=settings.queue,
+            self.connection, POOL, f"driver-{secrets.token_hex(3)}", queue=settings.queue,
             router=settings.router, worker=settings.worker, silence_s=settings.api.silence_s, buffer_items=64,
         ) as client:  # fmt: skip
             yield client

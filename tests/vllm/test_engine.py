@@ -60,7 +60,13 @@ def held(stats: EngineStats) -> tuple[int, int, int, int]:
 @contextlib.asynccontextmanager
 async def child(name: str, place: Path, **fields: Any) -> AsyncIterator[Running]:
     settings = VllmSettings(
-        dtype="float32", kv_cache_bytes=2**26, max_num_seqs=16, max_num_batched_tokens=256, enforce_eager=True, **fields
+        dtype="float32",
+        block_size=BLOCK,
+        kv_cache_bytes=2**26,
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        enforce_eager=True,
+        **fields,
     )
     transfer = TransferSettings(dir=str(place), arena_bytes=ARENA_BLOCKS * 163840 + 65536, verify=True)
     pool = PoolSettings(engine="vllm", max_model_len=2048)

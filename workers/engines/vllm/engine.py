@@ -66,9 +66,7 @@ class VllmEngine:
         self._vllm = await self._core.start(lambda: make_engine(self._pool, self._settings, self._exchange))
         self._supported = await self._core.call(lambda: self._vllm.engine_core.get_supported_tasks())
         self._vocab_size = self._vllm.vllm_config.model_config.get_vocab_size()
-        self._info = await self._core.call(
-            lambda: describe(self._vllm, self._exchange.memory, self._pool.model, self._settings)
-        )
+        self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model))
 
     # -- requests -------------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ SETTINGS = {
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
+import msgspec  # noqa: E402
 import torch  # noqa: E402
 import xxhash  # noqa: E402
 from vllm import EngineArgs  # noqa: E402
@@ -26,7 +27,7 @@ from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 
 from pipeline.builtin import model_place  # noqa: E402
 from pipeline.config import PoolSettings, VllmSettings  # noqa: E402
-from pipeline.errors import Unservable  # noqa: E402
+from pipeline.errors import ConfigError, Unservable  # noqa: E402
 from workers.engine import EngineInfo  # noqa: E402
 from workers.engines.vllm import connector, sampling  # noqa: E402
 from workers.engines.vllm.exchange import Exchange  # noqa: E402
@@ -56,7 +57,6 @@ def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dic
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "dtype": settings.dtype,
-        "block_size": settings.block_size,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "enable_prefix_caching": settings.prefix_cache,
@@ -66,20 +66,28 @@ def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dic
         "logits_processors": [f"{sampling.__name__}:{sampling.KeyedSampling.__name__}"],
         "disable_log_stats": False,
     }
-    optional = {"max_model_len": pool.max_model_len, "kv_cache_memory_bytes": settings.kv_cache_bytes}
-    return ours | {name: value for name, value in optional.items() if value} | settings.args
+    optional = {
+        "block_size": settings.block_size,
+        "max_model_len": pool.max_model_len,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+    }
+    return ours | {name: value for name, value in optional.items() if value} | more_arguments(settings.args)
 
 
-def describe(engine: Any, memory: PagedMemory, model: str, settings: VllmSettings) -> EngineInfo:
+def more_arguments(text: str) -> dict[str, Any]:
+    """The engine arguments of `engine.vllm.args`. Raises `ConfigError`."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any]) if text else {}
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"engine.vllm.args: not a JSON object: {error}") from error
+
+
+def describe(engine: Any, memory: PagedMemory, model: str) -> EngineInfo:
     """What the engine is, once it has started."""
     config = engine.vllm_config
     [weights] = engine.engine_core.collective_rpc(sample_weights)
     num_blocks = memory.num_blocks - 1  # vLLM keeps the first one empty
     block_size = config.cache_config.block_size
-    if block_size != settings.block_size:
-        raise Unservable(
-            f"vLLM made blocks of {block_size} tokens: set engine.vllm.block_size to that, here and where the API runs"
-        )
     return EngineInfo(
         name="vllm",
         model=model,
