@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.keys import PoolKeys
 from pipeline.protocol import UNREADABLE, BellNote
 from pipeline.queue import STAGES
-from pipeline.routing import PoolLoad
+from pipeline.routing import PoolLoad, Room
 
 ROLES = (*STAGES, "api")  # of every pool; stages of one's own are in its `stages`
 
@@ -42,10 +42,10 @@ class PoolSnapshot:
     def load(self) -> PoolLoad:
         """The router's view."""
         alive = {role: len(self.workers.get(role, {})) for role in ROLES}
-        totals = [_total_blocks(info) for info in self.workers.get("prefill", {}).values()]
-        known = [total for total in totals if total is not None]
-        largest = max(known) if known and len(known) == len(totals) else None
-        return PoolLoad(self.waiting("prefill"), alive["prefill"], alive["decode"], largest)
+        told = [_room(info) for info in self.workers.get("prefill", {}).values()]
+        rooms = tuple(room for room in told if room is not None)
+        is_whole = len(rooms) == len(told)
+        return PoolLoad(self.waiting("prefill"), alive["prefill"], alive["decode"], rooms if is_whole else ())
 
     def router(self, initial: RouterSettings) -> RouterSettings:
         """Router settings: those changed at run time over the initial ones. Raises `ConfigError` naming the key."""
@@ -100,16 +100,22 @@ async def set_router(connection: Connection, keys: PoolKeys, changes: Mapping[st
     await connection.command("PUBLISH", keys.bell("pool"), msgspec.msgpack.encode(BellNote("pool")))
 
 
+class _SaidOfEngine(msgspec.Struct):
+    block_size: int
+
+
 class _Said(msgspec.Struct):
-    total_blocks: int | None = None
+    total_blocks: int
+    engine: _SaidOfEngine
 
 
-def _total_blocks(info: bytes) -> int | None:
+def _room(info: bytes) -> Room | None:
     """What a worker says of the largest task that it could start; None when it has not."""
     try:
-        return msgspec.json.decode(info, type=_Said).total_blocks
+        said = msgspec.json.decode(info, type=_Said)
     except UNREADABLE:
         return None
+    return Room(said.total_blocks, said.engine.block_size)
 
 
 def _living(row: list[object], now_ms: int) -> list[str]:

@@ -61,12 +61,10 @@ async def connect(settings: Settings, pool: str = "") -> AsyncIterator[TaskClien
         pool = next(iter(settings.pools))
     if pool not in settings.pools:
         raise ConfigError(f"which pool? {pool!r} is none of {sorted(settings.pools)}")
-    is_mock = settings.pools[pool].engine == "mock"
-    block_size = settings.engine.mock.block_size if is_mock else settings.engine.torch.block_size
     connection = Connection(settings.redis)
     try:
         async with PoolClient(
-            connection, pool, new_process_name("client"), block_size=block_size, queue=settings.queue,
+            connection, pool, new_process_name("client"), queue=settings.queue,
             router=settings.router, worker=settings.worker, silence_s=settings.api.silence_s,
         ) as client:  # fmt: skip
             yield TaskClient(client)

@@ -64,6 +64,10 @@ class Capacity(Protocol):
         """Blocks of the largest task that could ever start here."""
         ...
 
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        ...
+
     def describe(self) -> bytes:
         """What the worker says of itself with each renewal."""
         ...
@@ -223,7 +227,8 @@ class Worker:
         try:
             delivery = await self.queue.claim(
                 self._stage, self.name, lane_looks(f"@{self.name}", self._claims, free),
-                total_blocks=self._capacity.total_blocks(), overtake_ms=self._queue_settings.overtake_ms,
+                total_blocks=self._capacity.total_blocks(), block_size=self._capacity.block_size(),
+                overtake_ms=self._queue_settings.overtake_ms,
                 guard_ms=self._queue_settings.guard_ms, held=len(self._holdings), nonce=self._claim_nonce,
             )  # fmt: skip
         except BatonError as error:
