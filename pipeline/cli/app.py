@@ -86,6 +86,7 @@ def worker(
     ] = None,
     pool: Annotated[str | None, typer.Option(help="The pool it works for; needed when there are several.")] = None,
     name: Annotated[str | None, typer.Option(help="Its name, unique in the pool; made up if left out.")] = None,
+    engine: Annotated[str | None, typer.Option(help="The engine of its pool: torch, vllm, mock.")] = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -105,6 +106,10 @@ def worker(
         raise ConfigError(f"--pool: which one of {', '.join(pools)}?")
     if pool is not None and pool not in pools:
         raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, pools)}")
+    if engine:
+        of_pool = f"pools.{pool or next(iter(pools))}.engine={engine}"
+        source = given(config, [*(overrides or ()), of_pool], worker__concurrency=concurrency)
+        source.settings()  # says what an engine can be
     _become("workers", [stage, *own], source)
 
 

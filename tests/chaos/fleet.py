@@ -30,7 +30,7 @@ from tests.chaos.server import Server
 from tests.e2e.processes import children
 from tests.proxy import RedisProxy, Trap
 from tests.system import POOL, System, free_port
-from tests.vllm.settings import VLLM
+from tests.with_vllm.settings import VLLM
 
 LEASE_S = 2.0
 SETTINGS = (

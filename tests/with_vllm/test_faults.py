@@ -14,7 +14,7 @@ from pipeline.protocol import Request
 from tests.chaos.test_chaos import run
 from tests.e2e.processes import children
 from tests.system import System, collect, request
-from tests.vllm.settings import VLLM, requires_vllm
+from tests.with_vllm.settings import VLLM, requires_vllm
 
 pytestmark = [pytest.mark.vllm, requires_vllm, pytest.mark.timeout(300)]
 
