@@ -116,7 +116,7 @@ async def test_a_log_is_gone_on_with_as_if_nothing_had_happened(pair: Pair, kind
 async def test_handed_over_the_tokens_are_the_same(pair: Pair, kind: str, length: int) -> None:
     asked = request_of(f"here {kind} {length}", prompt(length, length), 12, n=3, **KINDS[kind])
     [here] = await pair.prefill.generate(asked)
-    before = pair.decode.engine.stats().prompt_tokens_computed
+    before = (await fresh(pair.decode)).prompt_tokens_computed
     over = await pair.decode.take_over(pair.prefill, msgspec.structs.replace(asked, request_id=f"over {kind} {length}"))
     assert over == here
     await pair.rests()

@@ -8,7 +8,7 @@ import msgspec
 
 from pipeline.errors import Unservable
 from pipeline.protocol import BackendInput
-from workers.engines.vllm.sampling import KEY, Keyed, is_keyed, needs_processor
+from workers.engines.vllm.keyed import KEY, Keyed, is_keyed, needs_processor
 
 
 def prompt_of(request: BackendInput, done: list[int]) -> dict[str, Any]:

@@ -18,16 +18,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from pipeline.protocol import SamplingOptions
 from workers.engines.paged.runner import Draw
 from workers.engines.torch.sampling import sample
-
-KEY = "baton"  # in `SamplingParams.extra_args`
-
-
-class Keyed(msgspec.Struct, frozen=True, kw_only=True):
-    """What travels with a request: how it samples, which choice it is, and the tokens that it had before it came here."""
-
-    options: SamplingOptions
-    choice: int
-    done: list[int] = []
+from workers.engines.vllm.keyed import KEY, Keyed, is_keyed
 
 
 @dataclass(slots=True)
@@ -87,16 +78,6 @@ class KeyedSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no types
             logits[indices] = -torch.inf
             logits[indices, tokens] = 0.0
         return logits
-
-
-def is_keyed(options: SamplingOptions) -> bool:
-    """Whether the tokens of such a request are a function of its seed."""
-    return options.temperature > 0 and options.seed is not None
-
-
-def needs_processor(options: SamplingOptions) -> bool:
-    """Whether a request with these options is for this processor."""
-    return is_keyed(options) or options.presence_penalty != 0 or options.frequency_penalty != 0
 
 
 def penalize(logits: torch.Tensor, row: Row) -> None:
