@@ -15,9 +15,10 @@ import typer
 
 import pipeline
 from pipeline.cli.operate import add_operators_commands
-from pipeline.cli.options import ConfigOption, Given, JsonOption, SetOption, given, running_redis
+from pipeline.cli.options import ConfigOption, Given, JsonOption, SetOption, given
 from pipeline.errors import ConfigError
 from pipeline.queue import STAGES
+from pipeline.redis_server import running_redis
 from pipeline.settings_file import nearest
 
 EXIT_CODES = (
@@ -211,6 +212,6 @@ def _become(module: str, own: list[str], source: Given) -> None:
     Without a `redis.url` it joins the `baton up` of this folder, as `baton chat` does. Raises RedisUnavailable.
     """
     redis = source.settings().redis
-    joined = [] if redis.url else ["--set", f"redis.url={running_redis(redis)}"]
+    joined = [] if redis.url else ["--set", f"redis.url={running_redis(redis).url}"]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *own, *source.arguments(), *joined])
