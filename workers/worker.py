@@ -172,6 +172,10 @@ class Worker:
         """Capacity has changed: look at the lanes again."""
         self._bell.set()
 
+    def announce(self) -> None:
+        """Say to Redis at once what this worker says of itself, not with the next renewal."""
+        self._renew_now.set()
+
     async def run(self) -> None:
         """Work until drained."""
         subscription = await self._connection.subscribe(
