@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import re
 import signal
 import subprocess
 import time
@@ -164,6 +165,19 @@ async def test_a_revoked_task_is_stopped_wherever_it_is(words: Words) -> None:
     await words.reaches(plain, STARTED)
     await plain.revoke()
     await words.wrote(f"Task wait_for[{plain.id}] revoked")
+
+
+@pytest.mark.parametrize("task", ["wait_for", "wait_within"])
+async def test_the_stacks_of_a_worker_lead_to_the_line_where_a_task_waits(words: Words, task: str) -> None:
+    worker = await words.worker()
+    path = words.path("ran")
+    result = await words.call(task, path, words.path("never"))
+    await words.noted(path, 1)
+    worker.send_signal(signal.SIGUSR1)
+    await words.wrote("await asyncio.sleep(0.02)")
+    (stack,) = [part for part in words.log.split("Stack for ") if "await asyncio.sleep(0.02)" in part]
+    assert re.search(r'File ".*/tests/example_stage\.py", line \d+, in wait_for\n', stack)
+    await result.revoke()
 
 
 async def test_a_retry_waits_for_its_countdown(words: Words) -> None:
