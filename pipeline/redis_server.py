@@ -26,13 +26,13 @@ import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
-import msgspec
-
-from pipeline.config import RedisSettings
 from pipeline.errors import BatonError, RedisUnavailable
 from pipeline.processes import bound_command
+
+if TYPE_CHECKING:
+    from pipeline.config import RedisSettings
 
 MIN_VERSION = {"redis": (6, 2), "valkey": (7, 2)}
 _PROGRAMS = ("redis-server", "valkey-server")
@@ -203,6 +203,8 @@ def running_redis(settings: RedisSettings) -> RedisSettings:
         raise RedisUnavailable(
             f"no Redis: redis.url is empty and {socket_path} is not there; start `baton up` here or set BATON_REDIS_URL"
         )
+    import msgspec  # not needed to find and start a server, which works in an interpreter without packages
+
     return msgspec.structs.replace(settings, url=f"unix://{socket_path}")
 
 
