@@ -55,4 +55,4 @@ async def test_a_decode_that_dies_goes_on_with_the_same_tokens(
 
 @pytest.mark.timeout(600)
 def test_nothing_is_lost_while_every_window_is_hit_once() -> None:
-    run("--seconds", "60", "--seed", "1", "--engine", "vllm", "--clients", "8")
+    run("--seconds", "150", "--seed", "1", "--engine", "vllm", "--clients", "8")
