@@ -47,6 +47,7 @@ _PASSING_WORDS = (
     "MISCONF",
     "BUSY ",
     "NOREPLICAS",
+    "Protocol error: unauthenticated",  # to long commands, before it looks who asks
 )  # 6.2 wraps what a script was told
 
 MAX_CONNECTIONS = 32
@@ -415,9 +416,8 @@ def _is_read_only(error: Exception) -> bool:
 def _why(error: Exception) -> str:
     """What to tell of an error; a refusal of who we are is told as what has to be put right."""
     refusals = (exceptions.AuthenticationError, exceptions.NoPermissionError)
-    if isinstance(error, refusals) or isinstance(
-        error.__cause__, refusals
-    ):  # redis-py wraps what it hears while it connects
+    is_wrapped = isinstance(error.__cause__, refusals)  # redis-py wraps what it hears while it connects
+    if isinstance(error, refusals) or is_wrapped or "unauthenticated" in str(error):
         return f"it refuses the user or password of redis.url ({error})"
     return str(error) or type(error).__name__
 
