@@ -211,6 +211,21 @@ async def test_an_export_waits_for_room_and_one_that_is_given_up_leaves(pair: Pa
     await pair.rests()
 
 
+async def test_a_prefill_that_is_given_up_at_any_moment_leaves_no_handle(pair: Pair) -> None:
+    """Also in the moment in which the blocks are published and the other choices are still computed."""
+    for number in range(60):
+        asked = request_of(f"any moment {number}", prompt(40, 500 + number), 10, n=8, temperature=1.0, seed=number)
+        prefilling = asyncio.create_task(pair.prefill.engine.prefill(asked, Log.empty(8)))
+        await asyncio.wait([prefilling], timeout=0.001 * (number % 30))
+        prefilling.cancel()
+        await asyncio.wait([prefilling])
+        if not prefilling.cancelled():
+            kv = prefilling.result().kv
+            assert kv is not None
+            await pair.prefill.engine.release(kv.id)
+    await pair.rests()
+
+
 async def test_it_ends_where_the_request_says(pair: Pair) -> None:
     asked = request_of("free", prompt(60), 30)
     [[free]] = await pair.prefill.generate(asked)

@@ -81,9 +81,9 @@ class VllmEngine:
             return Prefilled(outputs=[], kv=None, cached_tokens=0)
         lacking = [number for number in going if not done.tokens[number]]
         job = self._hold(request)
+        export = Export(request.request_id, len(request.token_ids), job.future())
         try:
             leader = self._open(job, (lacking or going)[0], [])
-            export = Export(request.request_id, len(request.token_ids), job.future())
             if self._may_go_on(request, 1):
                 self._exchange.expect_export(leader.key, export)
             else:
@@ -102,6 +102,10 @@ class VllmEngine:
                 await self._transfer.release(kv.id)
                 kv = None
             return Prefilled(outputs=outputs, kv=kv, cached_tokens=export.cached_tokens)
+        except BaseException:
+            if (published := export.published) is not None:  # nobody will hear of it
+                await self._transfer.release(published.id)
+            raise
         finally:
             self._drop(job)
 

@@ -26,6 +26,12 @@ class Export:
     handle: asyncio.Future[KVHandle]
     cached_tokens: int = 0
 
+    @property
+    def published(self) -> KVHandle | None:
+        """The handle, once the blocks are published."""
+        is_there = self.handle.done() and not self.handle.cancelled() and self.handle.exception() is None
+        return self.handle.result() if is_there else None
+
 
 @dataclass(slots=True, eq=False)
 class Fetch:
