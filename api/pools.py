@@ -50,14 +50,10 @@ def load_tokenizer(source: str) -> Tokenizer:
 def max_model_len(name: str, pool: PoolSettings, engine: EngineSettings, model_says: int | None) -> int:
     """Prompt and output tokens together, at most: what is set, bounded by what the model and an engine's blocks can."""
     section = engine.of(pool.engine)
-    limits = [
-        None
-        if isinstance(section, VllmSettings)
-        else section.num_blocks * section.block_size,  # vLLM counts at its start
-        section.max_model_len if isinstance(section, MockSettings) else model_says,
-        pool.max_model_len or None,
-    ]
-    known = [limit for limit in limits if limit is not None]
-    if len(known) == 1:
+    context = section.max_model_len if isinstance(section, MockSettings) else model_says
+    known = [limit for limit in (context, pool.max_model_len) if limit]
+    if not known:
         raise ConfigError(f"pools.{name}.max_model_len: the model {pool.model!r} does not say its context, so set it")
+    if not isinstance(section, VllmSettings):  # vLLM counts its blocks when it starts
+        known.append(section.num_blocks * section.block_size)
     return min(known)

@@ -34,3 +34,11 @@ def test_a_mock_engine_says_its_own_context() -> None:
 def test_a_context_that_nobody_says_must_be_set() -> None:
     with pytest.raises(ConfigError, match=r"pools\.p\.max_model_len"):
         max_model_len("p", PoolSettings(), EngineSettings(), None)
+
+
+@pytest.mark.parametrize(("is_set", "model_says", "limit"), [(0, 4096, 4096), (100, 4096, 100), (9999, None, 9999)])
+def test_vllm_counts_its_blocks_itself(is_set: int, model_says: int | None, limit: int) -> None:
+    pool = PoolSettings(engine="vllm", max_model_len=is_set)
+    assert max_model_len("p", pool, EngineSettings(), model_says) == limit
+    with pytest.raises(ConfigError, match=r"pools\.p\.max_model_len"):
+        max_model_len("p", PoolSettings(engine="vllm"), EngineSettings(), None)
