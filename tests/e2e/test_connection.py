@@ -146,6 +146,18 @@ def test_a_line_that_the_server_closes_is_a_lost_connection_whatever_the_loop_sa
     uvloop.run(scenario())
 
 
+async def test_a_password_that_is_missing_is_told_alike_whatever_is_asked(short_dir: Path) -> None:
+    """Long commands are refused before the server looks who asks, as a broken protocol."""
+    with RedisServer.start(short_dir) as server:
+        server.wait_ready()
+        server.command("CONFIG", "SET", "requirepass", "secret")
+        connection = Connection(RedisSettings(url=server.url, timeout_s=1))
+        for words in (("PING",), ("MGET", *map(str, range(40)))):
+            with pytest.raises(RedisUnavailable, match="refuses the user or password"):
+                await connection.command(*words)
+        await connection.close()
+
+
 async def test_a_subscription_to_a_host_that_vanished_is_noticed(default_redis_url: str, short_dir: Path) -> None:
     """Nothing is closed and nothing comes: the line is given up when a sign of life stays out."""
     async with RedisProxy(default_redis_url.removeprefix("unix://"), short_dir) as proxy:
