@@ -6,13 +6,13 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 
-from pipeline.errors import ConfigError, EngineDied, KVLost, Unservable
+from pipeline.errors import ConfigError, EngineDied, Unservable
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
 from workers.engine import EngineInfo, EngineStats, Prefilled
 from workers.engines.paged.blocks import BlockPool
 from workers.engines.paged.exchange import ExportedBlocks, FetchedBlocks
 from workers.engines.paged.jobs import Job, cancelled, new_job
-from workers.engines.paged.refusals import refuse_unserved
+from workers.engines.paged.refusals import refuse_foreign, refuse_unserved, unserved_fields
 from workers.engines.paged.runner import Runner, RunnerInfo
 from workers.engines.paged.scheduler import Scheduler
 from workers.engines.paged.stepper import LoggedStep, Stepper
@@ -74,7 +74,7 @@ class PagedEngine:
         """See `AsyncEngine.decode`."""
         self._check(request, done)
         if kv is not None:
-            self._check_handle(request, kv)
+            refuse_foreign(request, kv, self.info)
         job = new_job(request, done, next(self._arrivals), self.info.max_model_len, to_export=False)
         if not job.sequences:
             self._stepper.end(job.complete)
@@ -159,18 +159,7 @@ class PagedEngine:
             raise EngineDied(f"request {request.request_id}: the engine is closed")
         if self._stepper.job(request.request_id) is not None:
             raise Unservable(f"request {request.request_id} is already in this engine")
-        refuse_unserved(request, done, self.info)
-
-    def _check_handle(self, request: BackendInput, kv: KVHandle) -> None:
-        blocks = self._pool.blocks_for(kv.num_tokens)
-        if kv.layout != self.info.layout:
-            raise KVLost(f"handle {kv.id}: layout {kv.layout}, this engine has {self.info.layout}", reason="layout")
-        if not 0 < kv.num_tokens <= len(request.token_ids) or kv.num_blocks != blocks:
-            raise KVLost(
-                f"handle {kv.id}: {kv.num_tokens} tokens in {kv.num_blocks} blocks for a prompt of "
-                f"{len(request.token_ids)} tokens",
-                reason="layout",
-            )
+        refuse_unserved(request, done, self.info, unserved_fields(request))
 
     def _require(self, job: Job) -> None:
         """Raise where the job was cancelled while its coroutine had yet to go on: its blocks are no longer its own."""

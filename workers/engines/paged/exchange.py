@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from workers.engines.paged.runner import Runner
 
 
+class Readable(Protocol):
+    """Memory of blocks, as a runner has it."""
+
+    def gather(self, blocks: Sequence[int], out: memoryview) -> None:
+        """Copy these blocks into `out`, in the order in which the other side takes them."""
+        ...
+
+
 class ExportedBlocks:
-    """A `BlockSource` over blocks of a runner."""
+    """A `BlockSource` over blocks of an engine's memory."""
 
     def __init__(
         self,
-        runner: Runner,
+        memory: Readable,
         *,
         request_id: str,
         layout: str,
@@ -19,7 +30,7 @@ class ExportedBlocks:
         num_tokens: int,
         cached_tokens: int,
     ) -> None:
-        self._runner = runner
+        self._memory = memory
         self._blocks = blocks
         self.request_id = request_id
         self.layout = layout
@@ -30,7 +41,7 @@ class ExportedBlocks:
 
     def gather(self, out: memoryview) -> None:
         """See `BlockSource.gather`."""
-        self._runner.gather(self._blocks, out)
+        self._memory.gather(self._blocks, out)
 
 
 class FetchedBlocks:

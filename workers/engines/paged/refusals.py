@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.errors import Unservable
-from pipeline.protocol import BackendInput, Log
+from pipeline.errors import KVLost, Unservable
+from pipeline.protocol import BackendInput, KVHandle, Log
 from workers.engine import EngineInfo
 
 
-def refuse_unserved(
-    request: BackendInput, done: Log, info: EngineInfo, unserved: Sequence[tuple[str, bool]] | None = None
-) -> None:
+def refuse_unserved(request: BackendInput, done: Log, info: EngineInfo, unserved: Sequence[tuple[str, bool]]) -> None:
     """Raise `Unservable` naming the field for what this engine does not serve or could never fit.
 
-    `unserved`: fields that it does not serve, and whether this request asks for them; by default those of `unserved_fields`.
+    `unserved`: fields that it does not serve, and whether this request asks for them.
     """
-    for field, is_asked in unserved_fields(request) if unserved is None else unserved:
+    for field, is_asked in unserved:
         if is_asked:
             raise Unservable(f"request {request.request_id}: the {info.name} engine does not serve {field}")
     n = request.sampling_options.n
@@ -30,6 +28,19 @@ def refuse_unserved(
         raise Unservable(
             f"request {request.request_id}: a prompt of {len(request.token_ids)} tokens leaves no room for an answer "
             f"in {info.max_model_len} (of the model, or of {info.num_blocks} blocks of {info.block_size})"
+        )
+
+
+def refuse_foreign(request: BackendInput, kv: KVHandle, info: EngineInfo) -> None:
+    """Raise `KVLost` for a handle of another layout, or of other blocks than this request's prompt has."""
+    if kv.layout != info.layout:
+        raise KVLost(f"handle {kv.id}: layout {kv.layout}, this engine has {info.layout}", reason="layout")
+    blocks = -(-kv.num_tokens // info.block_size)
+    if not 0 < kv.num_tokens <= len(request.token_ids) or kv.num_blocks != blocks:
+        raise KVLost(
+            f"handle {kv.id}: {kv.num_tokens} tokens in {kv.num_blocks} blocks for a prompt of "
+            f"{len(request.token_ids)} tokens",
+            reason="layout",
         )
 
 

@@ -13,8 +13,7 @@ from pipeline.config import TorchSettings
 from pipeline.errors import Unservable
 from workers.engines.torch.attention import ATTENTION_NAME, paged_attention
 from workers.engines.torch.cache import KVGeometry
-
-SAMPLED_NUMBERS = 256  # of each weight, for the fingerprint
+from workers.engines.weights import add_weights
 
 
 def load_model(name: str, settings: TorchSettings, max_model_len: int) -> Any:
@@ -67,11 +66,7 @@ def fingerprint(model: Any, geometry: KVGeometry) -> str:
     """Equal where blocks can be exchanged: the same weights (shapes, types, a sample of each), the same order of blocks."""
     digest = xxhash.xxh3_128()
     digest.update(f"{model.config.model_type}/{geometry}/layers,kv,heads,slots,dim".encode())
-    for name, weight in model.state_dict().items():
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // SAMPLED_NUMBERS)].float().cpu().numpy()
-        digest.update(f"{name}/{tuple(weight.shape)}/{weight.dtype}".encode())
-        digest.update(sample.tobytes())
+    add_weights(digest, model.state_dict().items())
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from workers.engines.vllm.exchange import Moved
+from workers.engines.vllm.futures import fail, give
 
 T = TypeVar("T")
 POLL_S = 0.002  # while all requests wait for something that nobody tells us of, such as a grammar being compiled
@@ -31,16 +32,19 @@ class Load:
 
 
 class Core:
-    """Runs `make` on its thread and steps what it gives until `close`. `on_death` is called in the loop with what a step raised."""
+    """Runs `make` on its thread and steps what it gives until `close`. `on_death` is called in the loop with what a step raised;
+    `unread` tells how many steps' outputs wait for their reader."""
 
-    def __init__(self, on_outputs: Callable[[Any], None], on_death: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self, on_outputs: Callable[[Any], None], on_death: Callable[[BaseException], None], unread: Callable[[], int]
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_outputs = on_outputs
         self._on_death = on_death
+        self._unread = unread
         self._orders: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
-        self._unread = 0
         self._engine: Any = None
         self._thread: threading.Thread | None = None
 
@@ -57,9 +61,9 @@ class Core:
 
         def order() -> None:
             try:
-                self._say(_set, answer, what())
+                self._say(give, answer, what())
             except Exception as error:  # noqa: BLE001  # it belongs to whoever asked
-                self._say(_fail, answer, error)
+                self._say(fail, answer, error)
 
         self.post(order)
         return await answer
@@ -92,9 +96,8 @@ class Core:
         return Load(running, waiting, pool.num_gpu_blocks - 1 - free, free)
 
     def read(self) -> None:
-        """The outputs of one step were read."""
+        """Outputs were read: a core that waits for that goes on."""
         with self._changed:
-            self._unread -= 1
             self._changed.notify()
 
     async def close(self) -> None:
@@ -119,9 +122,9 @@ class Core:
         try:
             self._engine = make()
         except BaseException as error:  # noqa: BLE001  # it belongs to whoever waits for the start
-            self._say(_fail, started, error)
+            self._say(fail, started, error)
             return
-        self._say(_set, started, self._engine)
+        self._say(give, started, self._engine)
         try:
             while self._take_orders():
                 self._step()
@@ -144,7 +147,7 @@ class Core:
                 return True
 
     def _has_something_to_do(self) -> bool:
-        return self._is_closing or bool(self._orders) or (self._has_work() and self._unread < MAX_UNREAD_STEPS)
+        return self._is_closing or bool(self._orders) or (self._has_work() and self._unread() < MAX_UNREAD_STEPS)
 
     def _has_work(self) -> bool:
         return bool(self._scheduler.has_requests() or self._client.engine_core.batch_queue)
@@ -152,8 +155,6 @@ class Core:
     def _step(self) -> None:
         outputs = self._client.get_output()
         if outputs.outputs or outputs.scheduler_stats:
-            with self._changed:
-                self._unread += 1
             self._say(self._on_outputs, outputs)
         if not outputs.outputs and not self._scheduler.running:  # all wait: for blocks, whose arrival is told, or else
             with self._changed:
@@ -170,15 +171,5 @@ class Core:
         )
         self._scheduler._update_from_kv_xfer_finished(output)  # between steps, so that nothing waits for the next one
 
-    def _say(self, what: Callable[..., None], *args: Any) -> None:
+    def _say(self, what: Callable[..., object], *args: Any) -> None:
         self._loop.call_soon_threadsafe(what, *args)
-
-
-def _set(future: asyncio.Future[T], value: T) -> None:
-    if not future.done():
-        future.set_result(value)
-
-
-def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)

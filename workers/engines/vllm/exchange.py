@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import BatonError, EngineError
 from pipeline.protocol import KVHandle
+from workers.engines.paged.exchange import ExportedBlocks
+from workers.engines.vllm.futures import fail, give
 from workers.engines.vllm.memory import PagedMemory
 from workers.transfer import Transfer
 
@@ -121,7 +123,7 @@ class Exchange:
         fetch = self._fetches[key]
         fetch.has_begun = True
         if not needs_blocks:
-            self._loop.call_soon_threadsafe(_set, fetch.done)
+            self._loop.call_soon_threadsafe(give, fetch.done, None)
 
     def fetch(self, key: str, blocks: list[int], skip: int) -> None:
         """Fill these blocks but for the first `skip`: the request waits until it is told."""
@@ -149,19 +151,21 @@ class Exchange:
         try:
             if export is None or export.handle.done():  # nobody waits for it any more
                 return
-            publishing = asyncio.ensure_future(
-                self._transfer.export(Source(self.memory, export, blocks, self._layout()))
-            )
+            source = ExportedBlocks(
+                self.memory, request_id=export.request_id, layout=self._layout(), blocks=blocks,
+                block_nbytes=self.memory.block_nbytes, num_tokens=export.num_tokens, cached_tokens=export.cached_tokens,
+            )  # fmt: skip
+            publishing = asyncio.ensure_future(self._transfer.export(source))
             export.handle.add_done_callback(lambda _: publishing.cancel())  # it may be waiting for room
             handle = await publishing
-            if not _set(export.handle, handle):
+            if not give(export.handle, handle):
                 await self._transfer.release(handle.id)
         except asyncio.CancelledError:
             if export is not None:
                 export.handle.cancel()
         except BatonError as error:
             assert export is not None
-            _fail(export.handle, error)
+            fail(export.handle, error)
         finally:
             self._on_moved(Moved(sent={key}))
 
@@ -180,32 +184,14 @@ class Exchange:
                 fetch.done.cancel()
         except BatonError as error:
             assert fetch is not None
-            _fail(fetch.done, error)
+            fail(fetch.done, error)
         except Exception as error:  # noqa: BLE001  # whatever it is, its request waits for it
             assert fetch is not None
-            _fail(fetch.done, EngineError(f"handle {fetch.handle.id}: {error!r}"))
+            fail(fetch.done, EngineError(f"handle {fetch.handle.id}: {error!r}"))
         else:
-            _set(fetch.done)
+            give(fetch.done, None)
         finally:
             self._on_moved(moved)
-
-
-class Source:
-    """A `BlockSource` over blocks of vLLM."""
-
-    def __init__(self, memory: PagedMemory, export: Export, blocks: list[int], layout: str) -> None:
-        self._memory = memory
-        self._blocks = blocks
-        self.request_id = export.request_id
-        self.layout = layout
-        self.num_tokens = export.num_tokens
-        self.num_blocks = len(blocks)
-        self.nbytes = len(blocks) * memory.block_nbytes
-        self.cached_tokens = export.cached_tokens
-
-    def gather(self, out: memoryview) -> None:
-        """See `BlockSource.gather`."""
-        self._memory.gather(self._blocks, out)
 
 
 class Sink:
@@ -226,18 +212,3 @@ class Sink:
             tail = bytearray(self._memory.block_nbytes)
             self._memory.gather(self._blocks[-1:], memoryview(tail))
             self._fetch.tail = bytes(tail)
-
-
-def _set(
-    future: asyncio.Future[object] | asyncio.Future[None] | asyncio.Future[KVHandle], value: object = None
-) -> bool:
-    """Set a result that may be awaited no more; whether it was taken."""
-    if future.done():
-        return False
-    future.set_result(value)  # type: ignore[arg-type]
-    return True
-
-
-def _fail(future: asyncio.Future[None] | asyncio.Future[KVHandle], error: BatonError) -> None:
-    if not future.done():
-        future.set_exception(error)

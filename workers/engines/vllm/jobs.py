@@ -20,11 +20,6 @@ class Choice:
     output: list[int]
     first: asyncio.Future[int]  # set with its first output: the prompt tokens that were not computed
 
-    def set_first(self, cached_tokens: int) -> None:
-        """Its first output is here."""
-        if not self.first.done():
-            self.first.set_result(cached_tokens)
-
 
 @dataclass(slots=True, eq=False)
 class Job:

@@ -32,8 +32,7 @@ from workers.engine import EngineInfo  # noqa: E402
 from workers.engines.vllm import connector, sampling  # noqa: E402
 from workers.engines.vllm.exchange import Exchange  # noqa: E402
 from workers.engines.vllm.memory import PagedMemory, fingerprint  # noqa: E402
-
-SAMPLED_NUMBERS = 256  # of each weight, for the fingerprint
+from workers.engines.weights import add_weights  # noqa: E402
 
 
 def make_engine(pool: PoolSettings, settings: VllmSettings, exchange: Exchange) -> Any:
@@ -104,8 +103,5 @@ def describe(engine: Any, memory: PagedMemory, model: str) -> EngineInfo:
 def sample_weights(worker: Any) -> str:
     """A digest of the model's weights: shapes, types, a sample of each."""
     digest = xxhash.xxh3_128()
-    for name, weight in sorted(worker.get_model().state_dict().items()):
-        flat = weight.detach().flatten()
-        digest.update(f"{name}/{tuple(weight.shape)}/{weight.dtype}".encode())
-        digest.update(flat[:: max(1, flat.numel() // SAMPLED_NUMBERS)].float().cpu().numpy().tobytes())
+    add_weights(digest, sorted(worker.get_model().state_dict().items()))
     return digest.hexdigest()
