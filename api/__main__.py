@@ -1,6 +1,6 @@
 """`python -m api --config config.toml`: one API process.
 
-Start: settings, socket (a taken port is told before anything else), tokenizers, Redis, HTTP.
+Start: settings, socket (a taken port is told before anything else), Redis, tokenizers, HTTP.
 Stop (SIGTERM, SIGINT): no new connections; running answers get `api.shutdown_grace_s`, then they end with an error event; last,
 Redis is left. A second SIGINT does not wait.
 """
@@ -29,6 +29,7 @@ from pipeline import logs, settings_file
 from pipeline.config import ApiSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, ConfigError
+from pipeline.exits import Exit, exit_for
 from pipeline.ids import new_process_name
 from pipeline.processes import die_with_parent
 from pipeline.redis_health import RedisWatch
@@ -53,8 +54,10 @@ def main() -> int:
         logging.getLogger("sse_starlette").setLevel(logging.INFO)  # at debug it writes every event, so every answer
         uvloop.run(serve(settings))
     except BatonError as error:
-        sys.stderr.write(f"api: {error}\n")
-        return 1
+        sys.stderr.write(f"baton api: {error}\n")
+        return exit_for(error)
+    except KeyboardInterrupt:  # before it serves: while it waits for Redis, or reads a tokenizer
+        return Exit.INTERRUPTED
     return 0
 
 
@@ -66,6 +69,7 @@ async def serve(settings: Settings) -> None:
         stack.callback(listener.close)
         connection = Connection(settings.redis)
         stack.push_async_callback(connection.close)
+        await connection.reach()
         name = new_process_name("api")
         pools = {
             pool: await stack.enter_async_context(open_pool(pool, settings, connection, name))

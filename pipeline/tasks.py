@@ -33,6 +33,7 @@ from pipeline.errors import (
 )
 from pipeline.ids import new_process_name, new_request_id
 from pipeline.keys import is_own_queue
+from pipeline.logs import configure_in_others_program
 from pipeline.protocol import BackendInput, FinishReason, Request, TaskCall, no_input
 from pipeline.queue import LANES, Brief
 from pipeline.redis_server import running_redis
@@ -60,8 +61,9 @@ async def connect(settings: Settings, pool: str = "") -> AsyncIterator[TaskClien
     """A client of one pool (left out: the only one) with a connection of its own.
 
     Without a `redis.url` it finds the private Redis of a `baton up` in this folder, as the command line does. Raises `ConfigError`,
-    `RedisUnavailable`.
+    `RedisUnavailable`. What Baton logs goes to the standard `logging` under `baton`.
     """
+    configure_in_others_program()
     if not pool and len(settings.pools) == 1:
         pool = next(iter(settings.pools))
     if pool not in settings.pools:

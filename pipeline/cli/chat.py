@@ -12,12 +12,12 @@ import httpx
 import msgspec
 from rich.console import Console
 
-from pipeline.cli.exits import NoAnswer
 from pipeline.cli.openai_stream import stream_chat
 from pipeline.cli.options import api_url, base_url
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError
+from pipeline.exits import NoAnswer
 from pipeline.ids import pool_of
 from pipeline.keys import PoolKeys
 from pipeline.protocol import Timeline

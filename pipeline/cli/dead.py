@@ -10,13 +10,13 @@ from typing import Any
 import msgspec
 import typer
 
-from pipeline.cli.exits import Exit
 from pipeline.cli.options import Given
 from pipeline.cli.pools import Place, connected
 from pipeline.cli.replies import as_json, as_text
 from pipeline.control import Answer
 from pipeline.dead import DeadLetter, DeadLetters
 from pipeline.errors import BatonError, ConfigError, NotFound, RedisUnavailable, WireError
+from pipeline.exits import Exit
 from pipeline.ids import pool_of
 from pipeline.inspection import as_dict, task_state
 

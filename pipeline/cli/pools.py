@@ -10,6 +10,7 @@ from pipeline.cli.options import Given
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
+from pipeline.logs import configure
 from pipeline.redis_server import running_redis
 from pipeline.settings_file import nearest
 
@@ -28,6 +29,7 @@ async def connected(source: Given, pool: str | None) -> AsyncIterator[Place]:
     settings = source.settings()
     if pool is not None and pool not in settings.pools:
         raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, settings.pools)}")
+    configure(settings.log, "baton")
     connection = Connection(running_redis(settings.redis))
     try:
         yield Place(settings, connection, [pool] if pool else list(settings.pools))

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pipeline.cli.exits import Exit
 from pipeline.cli.options import Given
 from pipeline.cli.pools import Place, connected
 from pipeline.cli.replies import NOBODY, as_json, as_text, online, status_line
 from pipeline.control import Answer, ControlClient
+from pipeline.exits import Exit
 
 
 class Whom(NamedTuple):

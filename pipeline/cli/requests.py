@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import msgspec
 import typer
 
-from pipeline.cli.exits import Exit
 from pipeline.cli.options import Given
 from pipeline.cli.pools import Place, connected
 from pipeline.cli.replies import as_json, as_text
 from pipeline.control import Answer
 from pipeline.errors import ConfigError
+from pipeline.exits import Exit
 from pipeline.ids import pool_of
 from pipeline.inspection import LaneState, as_dict, lane_states, task_state
 from pipeline.keys import PoolKeys

@@ -31,12 +31,12 @@ import httpx
 import msgspec
 
 from pipeline.cli.children import Child, ChildEnded, Restarts, Terminal, ending
-from pipeline.cli.exits import Exit, PortTaken, exit_for
 from pipeline.cli.openai_stream import stream_chat
 from pipeline.cli.options import Given, api_url
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, RedisUnavailable
+from pipeline.exits import Exit, PortTaken, exit_for
 from pipeline.keys import PoolKeys
 from pipeline.queue import PoolQueue
 from pipeline.redis_server import RedisServer, find_server

@@ -16,11 +16,11 @@ from pipeline.cli.app import make_app
 from pipeline.cli.chat import Answer, spans, summary
 from pipeline.cli.children import Restarts, ending
 from pipeline.cli.doctor import check_shared_memory
-from pipeline.cli.exits import Exit, NoAnswer, PortTaken, exit_for
 from pipeline.cli.options import api_url, base_url
 from pipeline.cli.up import Counts, free_port, worker_places
 from pipeline.config import ApiSettings, TransferSettings
 from pipeline.errors import ConfigError, RedisUnavailable, RequestFailed
+from pipeline.exits import Exit, NoAnswer, PortTaken, exit_for
 from pipeline.findings import Grade
 from pipeline.protocol import Timeline
 from pipeline.redis_server import RedisServerError
