@@ -116,6 +116,12 @@ def test_errors_are_one_line_with_their_exit_code():
             2,
             "baton worker: no task for queue 'spell'; the app has queues words\n",
         ),
+        (
+            ["worker", "words", "--app", "tests.unit.no_such_app", "--set", "redis.url=redis://127.0.0.1:9"],
+            {},
+            2,
+            "baton worker: --app tests.unit.no_such_app: cannot import it: No module named 'tests.unit.no_such_app'\n",
+        ),
         (["worker", "decode", "--set", "redis.run_dir=none"], {}, 4, "baton: no Redis: redis.url is empty and "),
         (["worker", "decode", "--set", "pools.b.engine=mock"], {}, 2, "baton: --pool: which one of baton-tiny, b?\n"),
         (
