@@ -57,6 +57,19 @@ async def test_status_and_inspect_speak_as_celery_does(default_redis_url: str, t
         assert await told(url, "inspect", "ping", "-t", "20", "-d", f"{prefill},{decode}@{POOL}") == {
             name: {"ok": "pong"} for name in (decode, prefill)
         }
+        stranger = await baton(url, "inspect", "ping", "-t", "20", "-d", decode, "-d", "nope")
+        assert (stranger.returncode, stranger.stdout) == (69, f"->  {decode}: OK\n        pong\n\n1 node online.\n")
+        there = f"registered: {decode}, {prefill}"
+        assert stranger.stderr == f"Error: nope: no worker of this name is registered; {there}\n"
+        only = await baton(url, "inspect", "ping", "-t", "600", "-d", "nope")  # told at once
+        assert (only.returncode, only.stdout, only.stderr) == (69, "", stranger.stderr)
+        await PoolQueue(system.connection, POOL).renew("prefill", "deaf", b"", 30)
+        silent = await baton(url, "inspect", "ping", "-t", "1", "-d", f"{decode},deaf")
+        assert (silent.returncode, silent.stderr) == (69, "Error: deaf: no reply within 1 s\n")
+        assert silent.stdout == ping.stdout
+        everybody = await baton(url, "status", "-t", "1")
+        assert (everybody.returncode, everybody.stderr) == (0, "no reply within 1 s from: deaf\n")
+        await PoolQueue(system.connection, POOL).leave("prefill", "deaf")
         active = await baton(url, "inspect", "active", "-t", "20", "-d", decode)
         assert active.stdout == f"->  {decode}: OK\n    - empty -\n\n1 node online.\n"
         assert await told(url, "inspect", "registered", "-t", "20", "-d", decode) == {decode: ["decode"]}
