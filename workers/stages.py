@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from pipeline.errors import BatonError, ConfigError, RetryLater, WireError
-from pipeline.keys import is_own_queue
+from pipeline.keys import wrong_queue
 from pipeline.protocol import LLMEngineOutput, TaskCall, pack_tokens
 from workers.holdings import Held, Holdings, Task
 from workers.limits import TimeLimits, in_thread
@@ -112,8 +112,8 @@ class Stages:
         `soft_time_limit`: seconds until `SoftTimeLimitExceeded` is raised inside (`async def` only: a thread cannot be told);
         `time_limit`: seconds until it is stopped and the request fails; `max_attempts`: instead of `worker.max_attempts`.
         """
-        if not is_own_queue(queue):
-            raise ConfigError(f"task {name}: {queue!r} cannot be a queue of one's own")
+        if wrong := wrong_queue(queue):
+            raise ConfigError(f"task {name}: {wrong}")
         if name in self._stages.get(queue, {}):
             raise ConfigError(f"task {name} of queue {queue} is registered twice")
         if max_attempts is not None and max_attempts < 1:

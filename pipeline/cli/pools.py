@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import NamedTuple
 
 from pipeline.cli.options import Given
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
+from pipeline.ids import bare_id
 from pipeline.logs import configure
 from pipeline.redis_server import running_redis
 from pipeline.settings_file import nearest
@@ -21,6 +22,10 @@ class Place(NamedTuple):
     settings: Settings
     connection: Connection
     pools: list[str]
+
+    def bare(self, ids: Iterable[str]) -> list[str]:
+        """Request ids as the settings' pools have them, whatever answer they were copied from."""
+        return [bare_id(request_id, self.settings.pools) for request_id in ids]
 
 
 @contextlib.asynccontextmanager

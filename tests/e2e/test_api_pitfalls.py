@@ -98,6 +98,8 @@ async def test_after_the_grace_streams_end_with_an_error_and_requests_are_cancel
         assert await served.ended("cancelled") == 2
         await served.system.until(served.rests, 10)
         assert "Traceback" not in served.api_log()
+        assert "leaving" in served.api_log()
+        assert "CTRL+C" not in served.api_log()
 
 
 async def test_the_official_client_raises_when_a_stream_ends_early(server: RedisServer, tmp_path: Path) -> None:
@@ -302,7 +304,7 @@ async def test_a_taken_port_is_one_clear_line(server: RedisServer, tmp_path: Pat
     async with serving(server, tmp_path, stages="") as served:
         port = served.url.rsplit(":", 1)[1]
         second = served.system.spawn("api", "--set", f"api.port={port}")
-        assert await asyncio.to_thread(second.wait, 30) == 1
+        assert await asyncio.to_thread(second.wait, 30) == 3
         (line,) = (tmp_path / "api-1.log").read_text().splitlines()
         assert f"127.0.0.1:{port}" in line
         assert "api.port" in line

@@ -234,7 +234,7 @@ async def test_a_stream_goes_on_when_its_worker_is_killed_long_before_the_lease_
             asking = asyncio.create_task(http.post("/v1/completions", json=body))
             await running.says(r"Task decode\[[^\n]* received[\s\S]*Task decode\[[^\n]* received")
             running.child("-m workers decode").kill()
-            await running.says("held 1 tasks: they wait for another worker")
+            await running.says("held 1 task: waiting for another worker")
             answer = (await asking).json()
         assert answer["choices"][0]["text"] == undisturbed
         assert answer["usage"]["completion_tokens"] == 120
