@@ -1,6 +1,6 @@
 """`python -m api --config config.toml`: one API process.
 
-Start: settings, socket (a taken port is told before anything else), tokenizers, Redis, HTTP.
+Start: settings, socket (a taken port is told before anything else), Redis, tokenizers, HTTP.
 Stop (SIGTERM, SIGINT): no new connections; running answers get `api.shutdown_grace_s`, then they end with an error event; last,
 Redis is left. A second SIGINT does not wait.
 """
@@ -28,7 +28,8 @@ from api.pools import open_pool
 from pipeline import logs, settings_file
 from pipeline.config import ApiSettings, Settings
 from pipeline.connection import Connection
-from pipeline.errors import BatonError, ConfigError
+from pipeline.errors import BatonError
+from pipeline.exits import Exit, PortTaken, exit_for
 from pipeline.ids import new_process_name
 from pipeline.processes import die_with_parent
 from pipeline.redis_health import RedisWatch
@@ -50,12 +51,20 @@ def main() -> int:
     try:
         settings = settings_file.settings_from(arguments, os.environ)
         logs.configure(settings.log, "api")
+        logging.getLogger("uvicorn.error").addFilter(_is_for_us)
         logging.getLogger("sse_starlette").setLevel(logging.INFO)  # at debug it writes every event, so every answer
         uvloop.run(serve(settings))
     except BatonError as error:
-        sys.stderr.write(f"api: {error}\n")
-        return 1
+        sys.stderr.write(f"baton api: {error}\n")
+        return exit_for(error)
+    except KeyboardInterrupt:  # before it serves: while it waits for Redis, or reads a tokenizer
+        return Exit.INTERRUPTED
     return 0
+
+
+def _is_for_us(record: logging.LogRecord) -> bool:
+    """uvicorn says what Ctrl-C does in a terminal of its own; under `baton up` that is not so, and we say when we leave."""
+    return "CTRL+C" not in record.getMessage()
 
 
 async def serve(settings: Settings) -> None:
@@ -66,6 +75,7 @@ async def serve(settings: Settings) -> None:
         stack.callback(listener.close)
         connection = Connection(settings.redis)
         stack.push_async_callback(connection.close)
+        await connection.reach()
         name = new_process_name("api")
         pools = {
             pool: await stack.enter_async_context(open_pool(pool, settings, connection, name))
@@ -81,12 +91,12 @@ async def serve(settings: Settings) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError when the address is taken or is none."""
+    """A listening socket. Raises PortTaken when the address is taken or is none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; set api.host or api.port") from error
+        raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror}; set api.host or api.port") from error
 
 
 def http_config(app: object, settings: ApiSettings) -> uvicorn.Config:

@@ -9,7 +9,7 @@ from fastapi import Request as HttpRequest
 from api.edge import REQUEST_ID
 from api.service import ServedPool, Service
 from pipeline.errors import RequestNotFound
-from pipeline.ids import pool_of
+from pipeline.ids import bare_id, pool_of
 from pipeline.protocol import Request
 from pipeline.queue import Standing
 
@@ -34,7 +34,10 @@ def may_access(request: Request, caller: str) -> bool:
 
 
 async def find_request(service: Service, http: HttpRequest, request_id: str) -> Found:
-    """The request of an id. Raises RequestNotFound, also for those of others: who may not see it learns nothing of it."""
+    """The request of an id, as it is or as it stands in an answer.
+
+    Raises RequestNotFound, also for those of others: who may not see it learns nothing of it."""
+    request_id = bare_id(request_id, service.pools)
     pool = service.pools.get(pool_of(request_id))
     standing = await pool.client.find(request_id) if pool is not None else None
     if (
@@ -43,9 +46,6 @@ async def find_request(service: Service, http: HttpRequest, request_id: str) -> 
         or standing.request is None
         or not may_access(standing.request, caller_of(http))
     ):
-        raise RequestNotFound(
-            f"request {request_id[:100]!r} is not known: the id is wrong, or it ended and its record has expired",
-            param="id",
-        )
+        raise RequestNotFound(request_id)
     http.scope[REQUEST_ID] = request_id
     return Found(pool, standing.request, standing)

@@ -242,7 +242,7 @@ def _check_common(body: ChatBody | CompletionBody) -> None:
 
 
 def _unsupported(param: str) -> InvalidRequest:
-    return InvalidRequest(f"{param} is not supported with this value", param=param, code="unsupported_parameter")
+    return InvalidRequest(f"{param} is not supported", param=param, code="unsupported_parameter")
 
 
 def _decode(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:

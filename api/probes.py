@@ -83,11 +83,10 @@ class Problem(NamedTuple):
 
 def pool_health(snapshot: PoolSnapshot, redis_error: str | None, redis_problems: Sequence[str]) -> dict[str, Any]:
     """One pool: unavailable where a request sent now could not be answered, degraded where something else is wrong."""
-    if redis_error:
-        problems = [Problem("unavailable", f"Redis does not answer: {redis_error}")]
-    else:
-        problems = [Problem("degraded", text) for text in redis_problems]
-    problems += [*_stage_problems(snapshot), *_queue_problems(snapshot)]
+    of_redis = (
+        [Problem("unavailable", redis_error)] if redis_error else [Problem("degraded", p) for p in redis_problems]
+    )
+    problems = [*of_redis, *_stage_problems(snapshot), *_queue_problems(snapshot)]
     queues = snapshot.own_queues()
     return {
         "status": worst([problem.status for problem in problems]),

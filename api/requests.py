@@ -55,10 +55,10 @@ def request_routes(service: Service) -> APIRouter:
     async def cancel(http: HttpRequest, request_id: str) -> Response:
         """End a request; one that has ended stays what it is."""
         found = await find_request(service, http, request_id)
-        state, reason = await found.pool.client.queue.cancel(request_id, "cancelled by its client")
+        state, reason = await found.pool.client.queue.cancel(found.request.id, "cancelled by its client")
         if state == "gone":
-            raise RequestNotFound(f"the record of request {request_id} expired just now", param="id")
-        return _json({"id": request_id, "object": "request", "state": state, "reason": reason})
+            raise RequestNotFound(found.request.id)
+        return _json({"id": found.request.id, "object": "request", "state": state, "reason": reason})
 
     return router
 

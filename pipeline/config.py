@@ -29,6 +29,7 @@ class RedisSettings(Section, frozen=True, kw_only=True):
     run_dir: str = "run"  # where the private server keeps its socket and files
     appendfsync: Literal["everysec", "always"] = "everysec"
     timeout_s: Positive = 5.0  # longest wait for one answer
+    connect_s: NotNegative = 30.0  # how long a worker or API that starts asks a Redis that does not answer
 
 
 class PoolSettings(Section, frozen=True, kw_only=True):

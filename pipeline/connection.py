@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import random
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from importlib import resources
@@ -30,6 +32,7 @@ from pipeline.errors import ConfigError, QueueFull, RedisUnavailable
 from pipeline.keys import lua_prelude
 from pipeline.sentinel_url import FORM as SENTINEL_FORM
 from pipeline.sentinel_url import SentinelUrl, is_sentinel_url, parse_sentinel_url
+from pipeline.wording import without_passwords
 
 log = structlog.get_logger("baton.redis")
 
@@ -52,6 +55,7 @@ _PASSING_WORDS = (
 
 MAX_CONNECTIONS = 32
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.02, 1.0  # between attempts
+FIRST_REACH_S, LONGEST_REACH_S = 1.0, 8.0  # between those of a process that starts
 CHECK_S = (
     2.0  # a subscription that was silent for so long asks whether its server lives; behind Sentinels, who the master is
 )
@@ -82,6 +86,26 @@ class Connection:
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)  # more calls than that wait for one another, they do not fail
         self._subscriptions: list[Subscription] = []
 
+    async def reach(self) -> None:
+        """Return when Redis answers; as long as it does not, say so and ask again, later each time. A process that starts waits here.
+
+        Raises `RedisUnavailable` when `connect_s` is over, or at once when Redis refuses who we are.
+        """
+        give_up_s = time.monotonic() + self._settings.connect_s
+        delay_s = FIRST_REACH_S
+        while True:
+            try:
+                await self.command("PING")
+                return
+            except RedisUnavailable as error:
+                left_s = give_up_s - time.monotonic()
+                if left_s <= 0 or (isinstance(error.__cause__, Exception) and _is_of_who_we_are(error.__cause__)):
+                    raise
+                delay_s = min(delay_s, left_s)
+                log.warning("waiting for Redis", error=str(error), then=f"trying again in {delay_s:.2g} s")
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, LONGEST_REACH_S)
+
     async def call(self, script: Script, root: str, *args: Arg, waits_for_memory: bool = True) -> Any:
         """Run a script; repeats it after a lost connection until `timeout_s` is over, then raises `RedisUnavailable`.
 
@@ -97,11 +121,10 @@ class Connection:
                     raise  # our own mistake: repeating it cannot help
                 await self._note(error)
                 if _is_out_of_memory(error) and not waits_for_memory:
-                    full = f"Redis is out of memory ({script.name}): nothing was stored, try again later"
+                    full = "Redis is out of memory: nothing was stored, try again later"
                     raise QueueFull(full, retry_after_s=5.0) from error
                 if time.monotonic() + delay_s > give_up:
-                    waited = f"within {self._settings.timeout_s:g} s"
-                    raise RedisUnavailable(f"no answer from Redis to {script.name} {waited}: {_why(error)}") from error
+                    raise _unavailable(self._settings, error, script.name) from error
                 await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
                 delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
@@ -126,7 +149,7 @@ class Connection:
             async with asyncio.timeout(self._settings.timeout_s):
                 await self._slots.acquire()
         except TimeoutError:
-            raise exceptions.TimeoutError(f"all {MAX_CONNECTIONS} connections wait for an answer") from None
+            raise exceptions.ConnectionError(f"all {MAX_CONNECTIONS} connections wait for an answer") from None
         try:
             yield
         finally:
@@ -140,7 +163,7 @@ class Connection:
             if not _passes(error):
                 raise
             await self._note(error)
-            raise RedisUnavailable(f"no answer from Redis to {args[0]!s}: {_why(error)}") from error
+            raise _unavailable(self._settings, error, args[0]) from error
 
     async def told(self, *args: Arg) -> Any:
         """As `command` for what a server may refuse to tell (managed ones lack CONFIG): None then."""
@@ -149,7 +172,7 @@ class Connection:
         except exceptions.ResponseError:
             return None
         except _LOST as error:
-            raise RedisUnavailable(f"no answer from Redis to {args[0]!s}: {_why(error)}") from error
+            raise _unavailable(self._settings, error, args[0]) from error
 
     async def commands(self, *rows: Sequence[Arg]) -> list[Any]:
         """Several plain commands in one round trip, not atomic. Raises `RedisUnavailable`."""
@@ -163,7 +186,7 @@ class Connection:
             if not _passes(error):
                 raise
             await self._note(error)
-            raise RedisUnavailable(f"no answer from Redis to {rows[0][0]!s}: {_why(error)}") from error
+            raise _unavailable(self._settings, error, rows[0][0]) from error
 
     async def _note(self, error: Exception) -> None:
         """A server that takes no writes may have been demoted. At most once a second: a replica that stays one gets no storm of
@@ -230,7 +253,7 @@ class Subscription:
                     await self._pubsub.parse_response(block=True)
         except (*_LOST, exceptions.ResponseError) as error:
             await self.close()
-            raise RedisUnavailable(f"cannot subscribe to {sorted(self.channels)}: {_why(error)}") from error
+            raise _unavailable(self._settings, error, *sorted(self.channels)) from error
 
     async def add(self, channel: str) -> None:
         """Subscribe to one more channel; `messages` says when it is in force, at once or when Redis is back."""
@@ -276,7 +299,8 @@ class Subscription:
         """Returns when the same channels were sent on a new connection, however long Redis was away. The pause between attempts
         grows until Redis has taken them: a server that takes connections and refuses what they say is asked once a second."""
         if self._delay_s == FIRST_DELAY_S:
-            log.warning("subscription lost, subscribing anew", channels=sorted(self.channels), error=_why(error))
+            log.warning("subscription lost, subscribing anew", error=_why(self._settings, error))
+            log.debug("subscription lost", channels=sorted(self.channels), error=repr(error))
         while True:
             await asyncio.sleep(self._delay_s * random.uniform(0.5, 1.5))
             self._delay_s = min(self._delay_s * 2, LONGEST_DELAY_S)
@@ -413,12 +437,36 @@ def _is_read_only(error: Exception) -> bool:
     return isinstance(error, exceptions.ReadOnlyError) or "READONLY" in str(error)
 
 
-def _why(error: Exception) -> str:
-    """What to tell of an error; a refusal of who we are is told as what has to be put right."""
+def _unavailable(settings: RedisSettings, error: Exception, *asked: Arg) -> RedisUnavailable:
+    """What everybody is told; what was asked (commands, channels) is only for who looks for a mistake of ours."""
+    log.debug("no answer from Redis", asked=asked, error=repr(error))
+    return RedisUnavailable(_why(settings, error))
+
+
+def _why(settings: RedisSettings, error: Exception) -> str:
+    """One wording for whoever cannot be reached, and for a refusal what has to be put right."""
+    redis_there = f"Redis at {without_passwords(settings.url)}"
+    if _is_of_who_we_are(error):
+        return f"{redis_there} refuses the user or password of redis.url ({error})"
+    if isinstance(error, exceptions.ResponseError):
+        return f"{redis_there} refuses it for now ({error})"
+    return f"{redis_there} does not answer ({_reason(settings, error)})"
+
+
+def _is_of_who_we_are(error: Exception) -> bool:
     refusals = (exceptions.AuthenticationError, exceptions.NoPermissionError)
     is_wrapped = isinstance(error.__cause__, refusals)  # redis-py wraps what it hears while it connects
-    if isinstance(error, refusals) or is_wrapped or "unauthenticated" in str(error):
-        return f"it refuses the user or password of redis.url ({error})"
+    return isinstance(error, refusals) or is_wrapped or "unauthenticated" in str(error)
+
+
+def _reason(settings: RedisSettings, error: Exception) -> str:
+    """In the words of the operating system, where it says why: redis-py adds numbers."""
+    causes = (error, error.__cause__, error.__context__)
+    if any(isinstance(cause, (exceptions.TimeoutError, TimeoutError)) for cause in causes):
+        return f"nothing within {settings.timeout_s:g} s"
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno:
+            return str(cause.strerror) if isinstance(cause, socket.gaierror) else os.strerror(cause.errno)
     return str(error) or type(error).__name__
 
 

@@ -44,10 +44,11 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag="told.v1"):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Replies:
-    """The answers by worker, and the workers that are registered but did not answer in time."""
+    """The answers by worker, the workers that were meant and are registered but did not answer in time, and all that are registered."""
 
     answers: dict[str, Answer]
     silent: list[str]
+    registered: list[str]
 
 
 class ControlClient:
@@ -61,7 +62,8 @@ class ControlClient:
     async def ask(
         self, method: str, arguments: Mapping[str, Any] | None = None, *, to: Sequence[str] = (), timeout_s: float = 1.0
     ) -> Replies:
-        """Ask and gather until every registered worker that is meant has answered, or `timeout_s` is over.
+        """Ask and gather until every registered worker that is meant has answered, or `timeout_s` is over. Where none of those that
+        are named is registered, nobody is waited for.
 
         Raises `RedisUnavailable`.
         """
@@ -69,19 +71,18 @@ class ControlClient:
         subscription = await self._connection.subscribe(self._keys.told(question.ticket))
         answers: dict[str, Answer] = {}
         try:
-            expected = await self._registered(to)
+            registered = sorted((await take_snapshot(self._connection, self._keys)).worker_names())
+            expected = {
+                name for name in registered if not to or name in to
+            }  # others are taken, too, but not waited for
             await self._connection.command("PUBLISH", self._keys.ask(), msgspec.msgpack.encode(question))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await _gather(subscription, answers, expected)
+            if expected or not to:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timeout_s):
+                        await _gather(subscription, answers, expected)
         finally:
             await subscription.close()
-        return Replies(answers, sorted(expected - answers.keys()))
-
-    async def _registered(self, to: Sequence[str]) -> set[str]:
-        """The workers that are meant, as far as they live: whoever else answers is taken, too, but not waited for."""
-        names = (await take_snapshot(self._connection, self._keys)).worker_names()
-        return {name for name in names if not to or name in to}
+        return Replies(answers, sorted(expected - answers.keys()), registered)
 
 
 async def _gather(subscription: Subscription, answers: dict[str, Answer], expected: set[str]) -> None:

@@ -31,6 +31,8 @@ BatonError
 
 from __future__ import annotations
 
+UNKNOWN_ID = "no request has this id, or its record has expired"
+
 
 class BatonError(Exception):
     """Base of all errors that Baton raises on purpose."""
@@ -67,6 +69,9 @@ class RequestNotFound(InvalidRequest):
     """No request of that id is known here; the record of an ended one is kept for `queue.result_ttl_s`."""
 
     code = "request_not_found"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"{request_id[:100]}: {UNKNOWN_ID}", param="id")
 
 
 class IdempotencyConflict(InvalidRequest):

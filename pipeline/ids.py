@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+from collections.abc import Collection
 
 
 def new_request_id(pool: str) -> str:
@@ -15,6 +16,13 @@ def new_request_id(pool: str) -> str:
 def pool_of(request_id: str) -> str:
     """The pool that a request id names; empty when it is not a request id."""
     return request_id[:-23] if len(request_id) > 23 and request_id[-23] == "-" else ""
+
+
+def bare_id(text: str, pools: Collection[str]) -> str:
+    """A request's id as one of the `pools` has it, also where it is given as an answer's `id`: `chatcmpl-<id>`, `cmpl-<id>`."""
+    if pool_of(text) in pools:
+        return text
+    return text.removeprefix("chatcmpl-").removeprefix("cmpl-")
 
 
 def new_process_name(role: str) -> str:

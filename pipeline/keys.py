@@ -89,6 +89,17 @@ def is_own_queue(name: str) -> bool:
     return is_pool_name(name) and name not in RESERVED_QUEUES
 
 
+def wrong_queue(name: str) -> str:
+    """Why a name cannot be that of a queue of one's own; empty where it can."""
+    if is_own_queue(name):
+        return ""
+    reserved = ", ".join(RESERVED_QUEUES)
+    return (
+        f"{name!r} cannot be a queue of one's own: its name is 1 to 64 letters, digits, dots, _ and -, begins with a letter or "
+        f"digit, and is none of {reserved}"
+    )
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PoolKeys:
     """The keys of one pool."""

@@ -50,6 +50,23 @@ def configure(settings: LogSettings, process: str) -> None:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
 
+def configure_in_others_program() -> None:
+    """Lines go to the standard `logging` under their logger's name, where the program says what becomes of them; without it
+    structlog would print all of them, debug included. Where somebody has configured structlog nothing is changed."""
+    if structlog.is_configured():
+        return
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["event"]),
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+
+
 def _last(settings: LogSettings) -> list[Processor]:
     drop = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     if settings.format == "json":

@@ -42,6 +42,11 @@ def die_with_parent(parent_pid: int, death_signal: signal.Signals = signal.SIGKI
         os.kill(os.getpid(), death_signal)
 
 
+def ending(code: int) -> str:
+    """An exit code in words."""
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
 def catches(pid: int, number: signal.Signals) -> bool:
     """Whether a process has a handler for a signal; where nothing tells (no /proc), it is taken to have one."""
     try:

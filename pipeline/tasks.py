@@ -31,8 +31,9 @@ from pipeline.errors import (
     RequestFailed,
     RequestNotFound,
 )
-from pipeline.ids import new_process_name, new_request_id
-from pipeline.keys import is_own_queue
+from pipeline.ids import bare_id, new_process_name, new_request_id
+from pipeline.keys import wrong_queue
+from pipeline.logs import configure_in_others_program
 from pipeline.protocol import BackendInput, FinishReason, Request, TaskCall, no_input
 from pipeline.queue import LANES, Brief
 from pipeline.redis_server import running_redis
@@ -60,8 +61,9 @@ async def connect(settings: Settings, pool: str = "") -> AsyncIterator[TaskClien
     """A client of one pool (left out: the only one) with a connection of its own.
 
     Without a `redis.url` it finds the private Redis of a `baton up` in this folder, as the command line does. Raises `ConfigError`,
-    `RedisUnavailable`.
+    `RedisUnavailable`. What Baton logs goes to the standard `logging` under `baton`.
     """
+    configure_in_others_program()
     if not pool and len(settings.pools) == 1:
         pool = next(iter(settings.pools))
     if pool not in settings.pools:
@@ -85,21 +87,21 @@ class TaskClient:
 
     def task(self, name: str, *, queue: str) -> TaskCaller:
         """What calls the task `name` of the stage that reads `queue`. Raises `InvalidRequest` where no such queue can be."""
-        if not is_own_queue(queue):
-            raise InvalidRequest(f"{queue!r} cannot be a queue of one's own", param="queue")
+        if wrong := wrong_queue(queue):
+            raise InvalidRequest(wrong, param="queue")
         return TaskCaller(self, name, queue)
 
     def result(self, request_id: str) -> AsyncResult:
         """The result of a request of this pool, whoever submitted it."""
-        return AsyncResult(self.pool, request_id)
+        return AsyncResult(self.pool, bare_id(request_id, [self.pool.pool]))
 
     async def call(
         self, call: TaskCall, *, queue: str, priority: str = "default", countdown: float = 0.0, expires: float | None = None,
         idempotency_key: str = "",
     ) -> AsyncResult:  # fmt: skip
         """Queue one call of a task. Raises `InvalidRequest`, `QueueFull`, `RedisUnavailable`."""
-        if not is_own_queue(queue):
-            raise InvalidRequest(f"{queue!r} cannot be a queue of one's own", param="queue")
+        if wrong := wrong_queue(queue):
+            raise InvalidRequest(wrong, param="queue")
         try:
             msgspec.msgpack.encode(call)
         except (TypeError, OverflowError, RecursionError) as error:
@@ -137,8 +139,10 @@ class TaskClient:
     ) -> AsyncResult:
         if priority not in LANES:
             raise InvalidRequest(f"priority {priority!r} is none of {', '.join(LANES)}", param="priority")
-        if countdown < 0 or (expires is not None and expires <= 0):
-            raise InvalidRequest(f"countdown {countdown:g} s, expires {expires} s: both lie ahead", param="countdown")
+        if countdown < 0:
+            raise InvalidRequest(f"countdown is {countdown:g} s: it cannot be negative", param="countdown")
+        if expires is not None and expires <= 0:
+            raise InvalidRequest(f"expires is {expires:g} s: it must be above 0", param="expires")
         if expires is not None and expires <= countdown:
             raise InvalidRequest(
                 f"it expires after {expires:g} s, before its countdown of {countdown:g} s", param="expires"
@@ -186,8 +190,10 @@ class TaskCaller:
         out: the lane's deadline); `priority`: high, default or low. A second call with an `idempotency_key` gives the first one's result.
 
         Raises `InvalidRequest` (arguments that msgpack does not carry, a queue or priority that cannot be), `QueueFull` with
-        `retry_after_s`, `RedisUnavailable`.
+        `retry_after_s`, `RedisUnavailable`, and `TypeError` for a text as `args`.
         """
+        if isinstance(args, (str, bytes)):  # a sequence, too: each character would be an argument
+            raise TypeError(f"args is a list or tuple of arguments, not {args!r:.100}: write ({args!r:.100},)")
         call = TaskCall(name=self.name, args=list(args), kwargs=dict(kwargs or {}))
         return await self._client.call(
             call, queue=queue or self.queue, priority=priority, countdown=countdown, expires=expires,
@@ -263,7 +269,7 @@ class AsyncResult:
         return Generation(standing.log.tokens, standing.log.finished, usage)
 
     def _not_found(self) -> RequestNotFound:
-        return RequestNotFound(f"{self.id}: no such request in pool {self._client.pool}, or its record has expired")
+        return RequestNotFound(self.id)
 
 
 def raise_unless_done(request_id: str, ended: Brief | Ended) -> None:

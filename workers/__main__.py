@@ -17,6 +17,7 @@ import pipeline
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, ConfigError
+from pipeline.exits import Exit, exit_for
 from pipeline.ids import new_process_name
 from pipeline.logs import configure
 from pipeline.processes import die_with_parent
@@ -37,8 +38,6 @@ from workers.worker import Worker
 log = structlog.get_logger("baton.worker")
 
 ENGINE_STAGES = ("prefill", "decode")
-EXIT_FAILED, EXIT_USAGE = 1, 2  # as in `pipeline/cli/exits.py`
-EXIT_STUCK = 70  # a handler did not end when it was stopped; nothing was lost, a new process may start
 
 
 def main() -> None:
@@ -72,7 +71,7 @@ def main() -> None:
             uvloop.run(run_stages(settings, pool, arguments.stage, name, app))
     except BatonError as error:
         sys.stderr.write(f"baton worker: {error}\n")
-        sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
+        sys.exit(exit_for(error))
 
 
 def app_of(stage: str, app: str) -> Stages | None:
@@ -137,7 +136,7 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
     else:
         decode.register(worker, engine, holdings, stops)
     try:
-        if await departure.unless_asked(supervisor.start()):
+        if await departure.unless_asked(connection.reach()) and await departure.unless_asked(supervisor.start()):
             _show(settings, banner(
                 name, pool, stage, redis_url=settings.redis.url, lanes=worker.lanes, tasks=worker.tasks,
                 version=pipeline.__version__, rows=engine_rows(engine.info, settings.transfer.kind),
@@ -174,19 +173,20 @@ async def run_stages(settings: Settings, pool: str, queue: str, name: str, app: 
     steps = StepWriter(worker.queue, name, holdings, stop=stop)
     threads = ThreadPoolExecutor(settings.worker.concurrency, thread_name_prefix=queue)
     stages.register(worker, tasks, holdings, steps, threads)
-    _show(settings, banner(
-        name, pool, queue, redis_url=settings.redis.url, lanes=worker.lanes, tasks=worker.tasks,
-        version=pipeline.__version__, rows=stage_rows(queue, settings.worker.concurrency),
-    ))  # fmt: skip
-    departure.lead(worker.drain, worker.leave_now)
     try:
-        await _work(worker, steps.run(), control.run())
+        if await departure.unless_asked(connection.reach()):
+            _show(settings, banner(
+                name, pool, queue, redis_url=settings.redis.url, lanes=worker.lanes, tasks=worker.tasks,
+                version=pipeline.__version__, rows=stage_rows(queue, settings.worker.concurrency),
+            ))  # fmt: skip
+            departure.lead(worker.drain, worker.leave_now)
+            await _work(worker, steps.run(), control.run())
     finally:
         await connection.close()
         threads.shutdown(wait=False)
-    if worker.is_stuck:  # leaving in good order would wait for the handler
+    if worker.is_stuck:  # leaving in good order would wait for the handler; nothing was lost, a new process may start
         sys.stderr.flush()
-        os._exit(EXIT_STUCK)
+        os._exit(Exit.TASK_STUCK)
 
 
 async def _work(worker: Worker, *beside: Coroutine[Any, Any, None]) -> None:

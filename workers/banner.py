@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
+from pipeline.wording import without_passwords
 from workers.engine import EngineInfo
 
 Rows = Sequence[tuple[str, str]]
@@ -14,7 +14,7 @@ def banner(
     name: str, pool: str, stage: str, *, redis_url: str, rows: Rows, lanes: Sequence[str], tasks: Sequence[str], version: str
 ) -> str:  # fmt: skip
     """The lines between start and `ready`; no password of an address is in them. `rows`: what runs the tasks."""
-    rows = [("pool", pool), ("transport", _without_password(redis_url)), *rows]
+    rows = [("pool", pool), ("transport", without_passwords(redis_url)), *rows]
     lines = [f" -------------- {name} (baton {version})", "", "[config]"]
     lines += [f".> {label + ':':<13}{value}" for label, value in rows]
     lines += ["", "[queues]", *(f".> {stage}:{lane}" for lane in lanes)]
@@ -34,8 +34,3 @@ def engine_rows(engine: EngineInfo, transfer: str) -> Rows:
 def stage_rows(queue: str, concurrency: int) -> Rows:
     """Of a worker of a stage of one's own."""
     return [("queue", queue), ("concurrency", f"{concurrency} tasks")]
-
-
-def _without_password(url: str) -> str:
-    password = urlsplit(url).password
-    return url.replace(f":{password}@", ":***@") if password else url

@@ -23,12 +23,14 @@ import msgspec
 from pipeline import errors
 from pipeline.config import EngineSettings, LogSettings, PoolSettings, TransferSettings
 from pipeline.errors import BatonError, EngineDied, EngineDown, KVLost
+from pipeline.processes import ending
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
 from workers import messages as m
 from workers.engine import AsyncEngine, EngineInfo, EngineStats, Prefilled, load_engine
 from workers.transfer import load_transfer
 
 STATS_S = 0.25
+ENDS_WITHIN_S = 1.0  # after its line
 
 
 class ChildEngine:
@@ -76,7 +78,7 @@ class ChildEngine:
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=m.MAX_MESSAGE_BYTES)
         self._steps = asyncio.Queue()
         self._started = asyncio.get_running_loop().create_future()
-        self._reading = asyncio.create_task(self._read(reader), name="engine child")
+        self._reading = asyncio.create_task(self._read(reader, self._process), name="engine child")
         self._send(self._start)
         self._info = await self._started
 
@@ -172,15 +174,15 @@ class ChildEngine:
             raise EngineDown("the engine's process is down; its tasks are handed back")
         m.send(self._writer, message)
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read(self, reader: asyncio.StreamReader, process: subprocess.Popen[bytes]) -> None:
         decode = msgspec.msgpack.Decoder(m.FromChild).decode
         try:
             while True:
                 self._take(decode(await m.receive(reader)))
                 self.heard_s = time.monotonic()
         except (asyncio.IncompleteReadError, ConnectionError):
-            code = self._process.poll() if self._process else None
-            self._died(f"the engine's process ended (exit status {code})")
+            self._hang_up()
+            self._died(f"the engine's process {await _how_it_ended(process)}")
         except Exception as error:  # noqa: BLE001  # nothing after it can be understood: better no engine than a deaf one
             self._died(f"the engine's process sent what cannot be read: {error}")
 
@@ -209,14 +211,26 @@ class ChildEngine:
             with contextlib.suppress(EngineDied):
                 self._send(m.Release(answer.prefilled.kv.id))
 
-    def _died(self, why: str) -> None:
-        error = EngineDied(f"{why}; its tasks are handed back")
+    def _hang_up(self) -> None:
+        """From now on the child is not reachable."""
         if self._writer is not None:
             self._writer.close()
+
+    def _died(self, why: str) -> None:
+        error = EngineDied(f"{why}; its tasks are handed back")
+        self._hang_up()
         for future in (self._started, *self._calls.values()):
             if future is not None and not future.done():
                 future.set_exception(error)
         self._steps.put_nowait(error)
+
+
+async def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    """Its line has ended, so the process is at its end, too; the kernel says a moment later how."""
+    try:
+        return ending(await asyncio.to_thread(process.wait, ENDS_WITHIN_S))
+    except subprocess.TimeoutExpired:
+        return "has closed its line and goes on"
 
 
 def _error(failed: m.Failed) -> BatonError:

@@ -20,6 +20,7 @@ from pipeline.control import Answer, Question
 from pipeline.errors import BatonError
 from pipeline.inspection import waiting_tasks
 from pipeline.protocol import UNREADABLE
+from pipeline.wording import counted
 from workers.child import ChildEngine
 from workers.holdings import Held, Holdings
 from workers.worker import Worker
@@ -151,7 +152,7 @@ class WorkerControl:
 
     async def _drain(self, _: dict[str, Any]) -> str:
         self._worker.drain()
-        return f"drains {len(self._holdings)} tasks, then leaves"
+        return f"drains {counted(len(self._holdings), 'task')}, then leaves"
 
 
 def engine_told(engine: ChildEngine, worker: Worker) -> dict[str, Any]:

@@ -16,14 +16,18 @@ import dataclasses
 import importlib
 import inspect
 import os
+import sysconfig
+import traceback
+import types
+import typing
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 import msgspec
 
-from pipeline.errors import ConfigError, RetryLater, WireError
-from pipeline.keys import is_own_queue
+from pipeline.errors import BatonError, ConfigError, RetryLater, WireError
+from pipeline.keys import wrong_queue
 from pipeline.protocol import LLMEngineOutput, TaskCall, pack_tokens
 from workers.holdings import Held, Holdings, Task
 from workers.limits import TimeLimits, in_thread
@@ -33,6 +37,8 @@ from workers.worker import Worker
 
 Function = Callable[..., Any]
 AnyFunction = TypeVar("AnyFunction", bound=Function)
+
+FIRST_PARAMETER = "the first parameter of a task is its StageTask, the caller's arguments come behind it"
 
 
 class StageTask:
@@ -101,13 +107,13 @@ class Stages:
         self, name: str, *, queue: str, soft_time_limit: float | None = None, time_limit: float | None = None,
         max_attempts: int | None = None,
     ) -> Callable[[AnyFunction], AnyFunction]:  # fmt: skip
-        """Register a function as the task `name` of `queue`. It stays an ordinary function.
+        """Register a function as the task `name` of `queue`; its first parameter gets the `StageTask`. It stays an ordinary function.
 
         `soft_time_limit`: seconds until `SoftTimeLimitExceeded` is raised inside (`async def` only: a thread cannot be told);
         `time_limit`: seconds until it is stopped and the request fails; `max_attempts`: instead of `worker.max_attempts`.
         """
-        if not is_own_queue(queue):
-            raise ConfigError(f"task {name}: {queue!r} cannot be a queue of one's own")
+        if wrong := wrong_queue(queue):
+            raise ConfigError(f"task {name}: {wrong}")
         if name in self._stages.get(queue, {}):
             raise ConfigError(f"task {name} of queue {queue} is registered twice")
         if max_attempts is not None and max_attempts < 1:
@@ -118,6 +124,7 @@ class Stages:
             raise ConfigError(f"task {name}: {error}") from error
 
         def register(function: AnyFunction) -> AnyFunction:
+            _check_first_parameter(name, function)
             stage = Stage(name, queue, function, limits, max_attempts)
             if limits.soft_s is not None and not stage.is_async:
                 raise ConfigError(f"task {name}: a soft time limit needs an `async def`; a thread cannot be told")
@@ -137,13 +144,42 @@ class Stages:
         return list(self._stages[queue].values())
 
 
+def _check_first_parameter(name: str, function: Function) -> None:
+    """Raises `ConfigError` where it is known now that the function cannot take a `StageTask` first."""
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except Exception:  # noqa: BLE001  # an annotation that cannot be evaluated here says nothing
+        signature = inspect.signature(function)
+    first = next(iter(signature.parameters.values()), None)
+    takes = first is not None and first.kind in (
+        first.POSITIONAL_ONLY,
+        first.POSITIONAL_OR_KEYWORD,
+        first.VAR_POSITIONAL,
+    )
+    if first is None or not takes or not _may_be_task(first.annotation):
+        raise ConfigError(f"task {name}: {name}{signature}: {FIRST_PARAMETER}")
+
+
+def _may_be_task(annotation: Any) -> bool:
+    """False where it is certain that a `StageTask` is not meant; what is no plain class is taken."""
+    kind = typing.get_origin(annotation) or annotation
+    if not isinstance(kind, type) or kind in (inspect.Parameter.empty, types.UnionType, Any):
+        return True
+    try:
+        return issubclass(StageTask, kind)
+    except TypeError:  # a protocol that cannot be checked
+        return True
+
+
 def load_stages(app: str) -> Stages:
     """The `Stages` of a module: `mystages` where it has one, `mystages:name` else. Raises `ConfigError`."""
     module_name, _, attribute = app.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"--app {app}: cannot import it: {error}") from error
+    except Exception as error:  # a module may raise anything while it is imported
+        is_plain = isinstance(error, (BatonError, ImportError, SyntaxError))
+        said = error.msg if isinstance(error, SyntaxError) else str(error) if is_plain else repr(error)
+        raise ConfigError(f"--app {app}: cannot import it: {said}{_place_of(error)}") from error
     found = {name: value for name, value in vars(module).items() if isinstance(value, Stages)}
     if attribute in found:
         return found[attribute]
@@ -151,6 +187,15 @@ def load_stages(app: str) -> Stages:
         there = ", ".join(found) or "none"
         raise ConfigError(f"--app {app}: which Stages? {module_name} has {there}; say {module_name}:NAME")
     return next(iter(found.values()))
+
+
+def _place_of(error: Exception) -> str:
+    """Where in the user's own code it was raised, or what cannot be read there."""
+    if isinstance(error, SyntaxError):
+        return f" ({error.filename}, line {error.lineno})"
+    foreign = ("<frozen", __file__, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(foreign)]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 
 def register(worker: Worker, tasks: Sequence[Stage], holdings: Holdings, steps: StepWriter, threads: Executor) -> None:
@@ -189,7 +234,7 @@ def _check(stage: Stage, signature: inspect.Signature, task: StageTask, call: Ta
     try:
         signature.bind(task, *call.args, **call.kwargs)
     except TypeError as error:
-        raise WireError(f"{stage.name}: {error}") from error
+        raise WireError(f"{stage.name}: {error} (it is {stage.name}{signature}; {FIRST_PARAMETER})") from error
 
 
 class StageCapacity:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import sys
 
 from pipeline.cli.app import make_app
-from pipeline.cli.exits import Exit, exit_for
+from pipeline.config import LogSettings
 from pipeline.errors import BatonError
+from pipeline.exits import Exit, exit_for
+from pipeline.logs import configure
 
 
 def main() -> None:
     """Entry point of `baton`. Errors that Baton raises on purpose are one line on stderr, never a traceback."""
+    configure(LogSettings(level="warning"), "baton")
     try:
         make_app()(prog_name="baton")
     except BatonError as error:

@@ -16,6 +16,7 @@ import typer
 import pipeline
 from pipeline.cli.operate import add_operators_commands
 from pipeline.cli.options import ConfigOption, Given, JsonOption, SetOption, given
+from pipeline.cli.plain import PlainGroup
 from pipeline.errors import ConfigError
 from pipeline.queue import STAGES
 from pipeline.redis_server import running_redis
@@ -31,12 +32,14 @@ def make_app() -> typer.Typer:
     """The whole command line."""
     app = typer.Typer(
         name="baton",
+        cls=PlainGroup,
         help="Serve large language models through queues: durable prefill and decode on Redis.",
         epilog=EXIT_CODES,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    app.callback()(root)
     commands: tuple[Callable[..., None], ...] = (up, api, worker, chat, doctor, version)
     for command in commands:
         app.command()(command)
@@ -47,6 +50,20 @@ def make_app() -> typer.Typer:
     app.add_typer(settings, name="config")
     add_operators_commands(app)
     return app
+
+
+def root(
+    version: Annotated[  # read by its callback alone
+        bool, typer.Option("--version", callback=lambda wanted: _say_version(wanted), is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Holds what may stand before a command."""
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"baton {pipeline.__version__}")
+        raise typer.Exit
 
 
 def up(

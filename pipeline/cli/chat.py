@@ -12,13 +12,13 @@ import httpx
 import msgspec
 from rich.console import Console
 
-from pipeline.cli.exits import NoAnswer
 from pipeline.cli.openai_stream import stream_chat
 from pipeline.cli.options import api_url, base_url
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError
-from pipeline.ids import pool_of
+from pipeline.exits import NoAnswer
+from pipeline.ids import bare_id, pool_of
 from pipeline.keys import PoolKeys
 from pipeline.protocol import Timeline
 from pipeline.redis_server import running_redis
@@ -109,7 +109,7 @@ async def _stream(url: str, settings: Settings, body: dict[str, Any], console: C
 
 async def _timeline(settings: Settings, answer_id: str) -> Timeline | None:
     """The request's stamps in Redis; None when it is out of reach from here, which is no fault of the answer."""
-    request_id = answer_id.removeprefix("chatcmpl-")
+    request_id = bare_id(answer_id, settings.pools)
     keys = PoolKeys(pool_of(request_id))
     names = [f"t_{name}" for name in Timeline.__struct_fields__]
     try:

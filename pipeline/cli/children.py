@@ -160,8 +160,3 @@ class Restarts:
         delay_s = self._next_s
         self._next_s = min(delay_s * 2, self.longest_s)
         return delay_s
-
-
-def ending(code: int) -> str:
-    """An exit code in words."""
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

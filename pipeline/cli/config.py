@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 
 from pipeline.cli.options import Given
+from pipeline.cli.pools import connected
 from pipeline.config import RouterSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
 from pipeline.keys import PoolKeys
-from pipeline.redis_server import running_redis
 from pipeline.settings_file import Key, Value, known_keys, nearest
 from pipeline.snapshot import set_router, take_snapshot
+from pipeline.wording import without_passwords
 
 
 def show_settings(source: Given, *, as_json: bool) -> None:
@@ -54,15 +53,8 @@ def show_variables(source: Given, *, as_json: bool) -> None:
 
 async def change_router(source: Given, pool: str | None, changes: dict[str, int], *, as_json: bool) -> None:
     """Writes `changes` for one pool or all, then prints what holds; running APIs follow at once."""
-    settings = source.settings()
-    if pool is not None and pool not in settings.pools:
-        raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, settings.pools)}")
-    connection = Connection(running_redis(settings.redis))
-    try:
-        names = [pool] if pool else list(settings.pools)
-        routers = {name: await _change(connection, name, settings.router, changes) for name in names}
-    finally:
-        await connection.close()
+    async with connected(source, pool) as place:
+        routers = {name: await _change(place.connection, name, place.settings.router, changes) for name in place.pools}
     if as_json:
         print(json.dumps(msgspec.to_builtins(routers)))
         return
@@ -97,6 +89,4 @@ def _masked(value: Value) -> Value:
     text: Any = value.value
     if not isinstance(text, str) or "://" not in text:
         return value
-    if password := urlsplit(text).password:
-        text = text.replace(f":{password}@", ":***@")
-    return value._replace(value=re.sub(r"(password=)[^&]+", r"\1***", text))
+    return value._replace(value=without_passwords(text))

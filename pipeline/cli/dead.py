@@ -10,15 +10,16 @@ from typing import Any
 import msgspec
 import typer
 
-from pipeline.cli.exits import Exit
 from pipeline.cli.options import Given
 from pipeline.cli.pools import Place, connected
 from pipeline.cli.replies import as_json, as_text
 from pipeline.control import Answer
 from pipeline.dead import DeadLetter, DeadLetters
-from pipeline.errors import BatonError, ConfigError, NotFound, RedisUnavailable, WireError
+from pipeline.errors import UNKNOWN_ID, BatonError, ConfigError, NotFound, RedisUnavailable, WireError
+from pipeline.exits import Exit
 from pipeline.ids import pool_of
 from pipeline.inspection import as_dict, task_state
+from pipeline.wording import counted
 
 
 async def list_dead(source: Given, pool: str | None, limit: int, *, in_json: bool) -> Exit:
@@ -31,8 +32,7 @@ async def list_dead(source: Given, pool: str | None, limit: int, *, in_json: boo
     if not letters:
         print("- empty -")
     for letter in letters:
-        attempts = f"{letter.attempts} attempt{'' if letter.attempts == 1 else 's'}"
-        where = f"{letter.stage}, {attempts}, last by {letter.worker or 'nobody'}"
+        where = f"{letter.stage}, {counted(letter.attempts, 'attempt')}, last by {letter.worker or 'nobody'}"
         print(f"{_time(letter)}  {letter.id}  {where}: {letter.reason}")
     return Exit.OK
 
@@ -49,6 +49,7 @@ async def _newest(place: Place, pool: str, limit: int) -> list[DeadLetter]:
 async def show_dead(source: Given, request_id: str, *, in_json: bool) -> Exit:
     """One dead letter: why it died, where it stood, what was asked for (without the prompt's tokens)."""
     async with connected(source, None) as place:
+        (request_id,) = place.bare([request_id])
         dead = DeadLetters(place.connection, _pool(place, request_id))
         letter = await dead.find(request_id)
         state = await task_state(place.connection, request_id)
@@ -98,14 +99,14 @@ async def _each(
     async with connected(source, pool) as place:
         if everything:
             ids = [letter.id for name in place.pools for letter in await _newest(place, name, -1)]
-        for request_id in ids:
+        for request_id in place.bare(ids):
             try:
                 dead = DeadLetters(place.connection, _pool(place, request_id))
                 answers[request_id] = Answer(request_id, await act(place, dead, await dead.find(request_id)))
             except RedisUnavailable:
                 raise
             except BatonError as error:
-                answers[request_id] = Answer(request_id, error=str(error))
+                answers[request_id] = Answer(request_id, error=str(error).removeprefix(f"{request_id}: "))
     print(as_json(answers) if in_json else as_text(answers) or "- empty -")
     return Exit.FAILED if any(answer.error for answer in answers.values()) else Exit.OK
 
@@ -118,7 +119,7 @@ def _check_ids(ids: Sequence[str], *, everything: bool) -> None:
 def _pool(place: Place, request_id: str) -> str:
     pool = pool_of(request_id)
     if pool not in place.settings.pools:
-        raise NotFound(f"{request_id}: the id names none of the pools {', '.join(place.settings.pools)}")
+        raise NotFound(f"{request_id}: {UNKNOWN_ID}")
     return pool
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from pipeline.cli.exits import Exit, PortTaken
 from pipeline.cli.options import Given
 from pipeline.cli.up import free_port
 from pipeline.config import ApiSettings, EngineSettings, PoolSettings, RedisSettings, Settings, TransferSettings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, ConfigError
+from pipeline.exits import Exit, PortTaken
 from pipeline.findings import Finding, Grade
 from pipeline.redis_health import judge, look
 from pipeline.redis_server import RedisServerError, ask_redis, find_server

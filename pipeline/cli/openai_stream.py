@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from pipeline.cli.exits import NoAnswer
 from pipeline.errors import RequestFailed
+from pipeline.exits import NoAnswer
 
 
 class Delta(NamedTuple):

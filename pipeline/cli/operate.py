@@ -8,9 +8,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pipeline.cli.exits import Exit
 from pipeline.cli.options import ConfigOption, JsonOption, SetOption, given
 from pipeline.errors import ConfigError
+from pipeline.exits import Exit
 
 PoolOption = Annotated[str | None, typer.Option("--pool", help="One pool; all of them if left out.")]
 ToOption = Annotated[

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import NamedTuple
 
 from pipeline.cli.options import Given
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
+from pipeline.ids import bare_id
+from pipeline.logs import configure
 from pipeline.redis_server import running_redis
 from pipeline.settings_file import nearest
 
@@ -21,6 +23,10 @@ class Place(NamedTuple):
     connection: Connection
     pools: list[str]
 
+    def bare(self, ids: Iterable[str]) -> list[str]:
+        """Request ids as the settings' pools have them, whatever answer they were copied from."""
+        return [bare_id(request_id, self.settings.pools) for request_id in ids]
+
 
 @contextlib.asynccontextmanager
 async def connected(source: Given, pool: str | None) -> AsyncIterator[Place]:
@@ -28,6 +34,7 @@ async def connected(source: Given, pool: str | None) -> AsyncIterator[Place]:
     settings = source.settings()
     if pool is not None and pool not in settings.pools:
         raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, settings.pools)}")
+    configure(settings.log, "baton")
     connection = Connection(running_redis(settings.redis))
     try:
         yield Place(settings, connection, [pool] if pool else list(settings.pools))

@@ -9,19 +9,18 @@ from collections.abc import Sequence
 import msgspec
 import typer
 
-from pipeline.cli.exits import Exit
 from pipeline.cli.options import Given
 from pipeline.cli.pools import Place, connected
 from pipeline.cli.replies import as_json, as_text
 from pipeline.control import Answer
-from pipeline.errors import ConfigError
+from pipeline.errors import UNKNOWN_ID, ConfigError
+from pipeline.exits import Exit
 from pipeline.ids import pool_of
 from pipeline.inspection import LaneState, as_dict, lane_states, task_state
 from pipeline.keys import PoolKeys
 from pipeline.queue import LANES, PoolQueue
 from pipeline.snapshot import stages_of
-
-UNKNOWN = "unknown: no request has this id, or its result is no longer kept"
+from pipeline.wording import counted
 
 
 async def show_lanes(source: Given, pool: str | None, workers: Sequence[str], *, in_json: bool) -> Exit:
@@ -55,28 +54,28 @@ def _table(lanes: list[LaneState]) -> list[str]:
 async def query_tasks(source: Given, ids: Sequence[str], *, in_json: bool) -> Exit:
     """Where each request stands."""
     async with connected(source, None) as place:
-        answers = {request_id: await _query(place, request_id) for request_id in ids}
+        answers = {request_id: await _query(place, request_id) for request_id in place.bare(ids)}
     return _show(answers, in_json=in_json)
 
 
 async def _query(place: Place, request_id: str) -> Answer:
     state = await task_state(place.connection, request_id) if pool_of(request_id) else None
-    return Answer(request_id, as_dict(state)) if state else Answer(request_id, error=UNKNOWN)
+    return Answer(request_id, as_dict(state)) if state else Answer(request_id, error=UNKNOWN_ID)
 
 
 async def revoke(source: Given, ids: Sequence[str], *, in_json: bool) -> Exit:
     """End requests wherever they are. It is written into the request: no worker has to be there, none can forget it."""
     async with connected(source, None) as place:
-        answers = {request_id: await _revoke(place, request_id) for request_id in ids}
+        answers = {request_id: await _revoke(place, request_id) for request_id in place.bare(ids)}
     return _show(answers, in_json=in_json)
 
 
 async def _revoke(place: Place, request_id: str) -> Answer:
     if not pool_of(request_id):
-        return Answer(request_id, error=UNKNOWN)
+        return Answer(request_id, error=UNKNOWN_ID)
     state, reason = await PoolQueue(place.connection, pool_of(request_id)).cancel(request_id, "revoked")
     if state == "gone":
-        return Answer(request_id, error=UNKNOWN)
+        return Answer(request_id, error=UNKNOWN_ID)
     if (state, reason) == ("cancelled", "revoked"):
         return Answer(request_id, "revoked")
     return Answer(request_id, f"had ended before: {state}{f' ({reason})' if reason else ''}")
@@ -98,8 +97,8 @@ async def purge(
         chosen = [(name, state) for name in place.pools for state in await _chosen(place, name, stage, lane)]
         waiting = sum(state.waiting for _, state in chosen)
         if not force:
-            where = f"{_count(len(chosen), 'lane')} of {', '.join(place.pools)}"
-            typer.echo(f"WARNING: this ends {_count(waiting, 'waiting request')} on {where} as cancelled.", err=True)
+            where = f"{counted(len(chosen), 'lane')} of {', '.join(place.pools)}"
+            typer.echo(f"WARNING: this ends {counted(waiting, 'waiting request')} on {where} as cancelled.", err=True)
             typer.confirm("There is no way back. Are you sure?", abort=True, err=True)
         purged = [await _purge_lane(place, name, state) for name, state in chosen]
     if in_json:
@@ -109,9 +108,9 @@ async def purge(
         ]
         print(json.dumps(rows))
     elif sum(purged):
-        print(f"Purged {_count(sum(purged), 'request')} from {_count(len(chosen), 'lane')}.")
+        print(f"Purged {counted(sum(purged), 'request')} from {counted(len(chosen), 'lane')}.")
     else:
-        print(f"No requests purged from {_count(len(chosen), 'lane')}.")
+        print(f"No requests purged from {counted(len(chosen), 'lane')}.")
     return Exit.OK
 
 
@@ -137,7 +136,3 @@ async def _purge_lane(place: Place, pool: str, lane: LaneState) -> int:
         count, cursor = await queue.purge(lane.stage, lane.lane, cursor=cursor, last=last, nonce=nonce)
         total += count
     return total
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"

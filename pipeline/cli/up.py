@@ -30,18 +30,20 @@ from typing import NamedTuple
 import httpx
 import msgspec
 
-from pipeline.cli.children import Child, ChildEnded, Restarts, Terminal, ending
-from pipeline.cli.exits import Exit, PortTaken, exit_for
+from pipeline.cli.children import Child, ChildEnded, Restarts, Terminal
 from pipeline.cli.openai_stream import stream_chat
 from pipeline.cli.options import Given, api_url
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, RedisUnavailable
+from pipeline.exits import Exit, PortTaken, exit_for
 from pipeline.keys import PoolKeys
+from pipeline.processes import ending
 from pipeline.queue import PoolQueue
 from pipeline.redis_server import RedisServer, find_server
 from pipeline.settings_file import load_settings
 from pipeline.snapshot import take_snapshot
+from pipeline.wording import counted
 
 SAMPLE_QUESTION = "What is Baton?"
 READY_LIMIT_S = 600.0  # a first start may download a model
@@ -252,7 +254,7 @@ class Up:
             self._say(f"{worker.name}: its tasks wait for their leases to run out: {error}")
             return
         if count:
-            self._say(f"{worker.name} held {count} tasks: they wait for another worker")
+            self._say(f"{worker.name} held {counted(count, 'task')}: waiting for another worker")
 
     async def _keep_redis_running(self, server: RedisServer) -> None:
         restarts = Restarts()

@@ -187,7 +187,7 @@ local function park(id, counts, max_attempts, why, delay_ms, suspect)
   if attempts >= max_attempts then
     redis.call('XADD', key_dead(), 'MAXLEN', '~', 10000, '*', 'id', id, 'stage', stage, 'lane', lane, 'reason', why,
       'worker', h[7], 'attempts', attempts)
-    finish(id, 'dead', why .. ' after ' .. attempts .. ' attempts in ' .. stage, '')
+    finish(id, 'dead', why .. ' after ' .. attempts .. (attempts == 1 and ' attempt in ' or ' attempts in ') .. stage, '')
     return 'dead'
   end
   local has_engine = stage == 'prefill' or stage == 'decode'

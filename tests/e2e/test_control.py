@@ -125,7 +125,7 @@ async def test_a_worker_that_is_told_to_leave_finishes_what_it_holds(
         reading = asyncio.create_task(collect(await client.submit(item)))
         await system.until(lambda: system.logged(item.id, 5), 20)
         (answer,) = (await asked(system, order)).values()
-        assert answer == "drains 1 tasks, then leaves"
+        assert answer == "drains 1 task, then leaves"
         assert (await reading)[1].state == "done"
         assert await asyncio.to_thread(worker.wait, 30) == 0
         assert await system.alive("decode") == []

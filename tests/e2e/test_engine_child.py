@@ -118,7 +118,7 @@ async def test_an_answer_that_crosses_its_cancellation_is_released(tmp_path: Pat
 async def test_a_call_that_a_dead_engine_did_not_get_is_not_work_of_the_next_one(tmp_path: Path) -> None:
     async with child(tmp_path) as engine:
         os.kill(engine.pid, signal.SIGKILL)
-        with pytest.raises(EngineDied):
+        with pytest.raises(EngineDied, match="the engine's process was ended by SIGKILL; its tasks are handed back"):
             async with asyncio.timeout(10):
                 await anext(engine.steps())
         with pytest.raises(EngineDied):

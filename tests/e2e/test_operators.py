@@ -57,6 +57,19 @@ async def test_status_and_inspect_speak_as_celery_does(default_redis_url: str, t
         assert await told(url, "inspect", "ping", "-t", "20", "-d", f"{prefill},{decode}@{POOL}") == {
             name: {"ok": "pong"} for name in (decode, prefill)
         }
+        stranger = await baton(url, "inspect", "ping", "-t", "20", "-d", decode, "-d", "nope")
+        assert (stranger.returncode, stranger.stdout) == (69, f"->  {decode}: OK\n        pong\n\n1 node online.\n")
+        there = f"registered: {decode}, {prefill}"
+        assert stranger.stderr == f"Error: nope: no worker of this name is registered; {there}\n"
+        only = await baton(url, "inspect", "ping", "-t", "600", "-d", "nope")  # told at once
+        assert (only.returncode, only.stdout, only.stderr) == (69, "", stranger.stderr)
+        await PoolQueue(system.connection, POOL).renew("prefill", "deaf", b"", 30)
+        silent = await baton(url, "inspect", "ping", "-t", "1", "-d", f"{decode},deaf")
+        assert (silent.returncode, silent.stderr) == (69, "Error: deaf: no reply within 1 s\n")
+        assert silent.stdout == ping.stdout
+        everybody = await baton(url, "status", "-t", "1")
+        assert (everybody.returncode, everybody.stderr) == (0, "no reply within 1 s from: deaf\n")
+        await PoolQueue(system.connection, POOL).leave("prefill", "deaf")
         active = await baton(url, "inspect", "active", "-t", "20", "-d", decode)
         assert active.stdout == f"->  {decode}: OK\n    - empty -\n\n1 node online.\n"
         assert await told(url, "inspect", "registered", "-t", "20", "-d", decode) == {decode: ["decode"]}
@@ -136,13 +149,20 @@ async def test_an_unknown_request_is_told_as_unknown(redis_url: str) -> None:
     for words in (("control", "revoke"), ("inspect", "query_task")):
         result = await baton(redis_url, *words, stranger, "nonsense")
         assert result.returncode == 1
-        assert result.stdout.count("unknown: no request has this id, or its result is no longer kept") == 2
+        assert result.stdout.count("no request has this id, or its record has expired") == 2
+    for words in (("dead", "replay", "nope"), ("dead", "drop", "nope")):
+        nope = await baton(redis_url, *words)
+        assert (nope.returncode, nope.stdout) == (
+            1, "->  nope: ERROR\n        no request has this id, or its record has expired\n",
+        )  # fmt: skip
     (state,) = (await told(redis_url, "inspect", "query_task", item.id)).values()
+    (pasted,) = await told(redis_url, "inspect", "query_task", f"chatcmpl-{item.id}")
+    assert pasted == item.id
     assert (state["state"], state["stage"], state["lane"], state["owner"]) == ("queued", "decode", "low", "")
     assert (state["epoch"], state["attempts"], state["tokens"], state["prompt_tokens"]) == (0, 0, [0, 0], 30)
     assert list(state["timeline"]) == ["admitted"]
     await queue.cancel(item.id, "disconnected")
-    late = await told(redis_url, "control", "revoke", item.id)
+    late = await told(redis_url, "control", "revoke", f"cmpl-{item.id}")
     assert late == {item.id: {"ok": "had ended before: cancelled (disconnected)"}}
     await connection.close()
 
@@ -211,7 +231,7 @@ async def test_a_request_that_kills_engines_is_a_dead_letter_that_can_be_shown_a
 
         (row,) = await told(url, "dead", "list")
         assert (row["id"], row["stage"], row["attempts"]) == (item.id, "decode", 1)
-        assert "engine's process ended" in row["reason"]
+        assert "engine's process was ended by SIGKILL" in row["reason"]
         assert row == (await told(url, "inspect", "dead"))[0]
         assert f"  {item.id}  decode, 1 attempt, last by decode-" in (await baton(url, "dead", "list")).stdout
         shown = await told(url, "dead", "show", item.id)
@@ -253,8 +273,8 @@ async def test_a_dead_letter_that_cannot_be_read_can_only_be_dropped(redis_url: 
     )
     failed = await baton(redis_url, "dead", "replay", "--all")
     assert failed.returncode == 1
-    assert f"{unreadable}: its record is not readable" in failed.stdout
-    assert f"{expired}: its record is gone" in failed.stdout
+    assert f"->  {unreadable}: ERROR\n        its record is not readable" in failed.stdout
+    assert f"->  {expired}: ERROR\n        its record is gone" in failed.stdout
     assert await told(redis_url, "dead", "drop", unreadable) == {unreadable: {"ok": "dropped"}}
     assert await connection.command("EXISTS", queue.keys.request(unreadable)) == 0
     assert await told(redis_url, "dead", "drop", "--all", "-f") == {expired: {"ok": "dropped"}}

@@ -62,6 +62,18 @@ def test_a_task_of_ones_own_and_its_client_run_as_they_stand(short_dir: Path) ->
     assert (result.stdout, result.stderr) == ("[18.0] PENDING\n", "")
 
 
+def test_a_client_whose_redis_is_away_hears_it_once_and_without_internals(short_dir: Path) -> None:
+    (short_dir / "client.py").write_text(python_of_the_readme()["client.py"])
+    away = {**environment(), "BATON_REDIS_URL": f"unix://{short_dir}/none.sock"}
+    client = [sys.executable, "client.py"]
+    result = subprocess.run(client, cwd=short_dir, env=away, capture_output=True, text=True, timeout=LIMIT_S)
+    *_, last = result.stderr.splitlines()
+    assert last.endswith(
+        f"RedisUnavailable: Redis at unix://{short_dir}/none.sock does not answer (No such file or directory)"
+    )
+    assert (result.stdout, "{baton-tiny}:" in last) == ("", False)
+
+
 async def test_without_any_redis_the_client_says_what_to_do(tmp_path: Path) -> None:
     settings = load_settings(None, {}, [f"redis.run_dir={tmp_path}"])
     with pytest.raises(

@@ -191,6 +191,24 @@ async def test_what_is_told_of_a_request_while_it_waits_runs_and_has_ended(serve
         assert (done.status_code, done.json()["state"]) == (200, "done")
 
 
+@pytest.mark.parametrize(("path", "prefix"), [(CHAT, "chatcmpl-"), ("/v1/completions", "cmpl-")])
+async def test_the_id_of_an_answer_is_taken_as_it_stands(
+    server: RedisServer, tmp_path: Path, path: str, prefix: str
+) -> None:
+    async with serving(server, tmp_path) as served, served.http() as http:
+        body = stream(stream=False, max_tokens=2) if path == CHAT else {"model": POOL, "prompt": "hi", "max_tokens": 2}
+        answer = await http.post(path, json=body)
+        request_id = answer.headers["x-baton-request-id"]
+        pasted = answer.json()["id"]
+        assert pasted == prefix + request_id
+        assert (await shown(http, pasted)) == (await shown(http, request_id))
+        cancelled = await http.post(f"/v1/requests/{pasted}/cancel")
+        assert (cancelled.json()["id"], cancelled.json()["state"]) == (request_id, "done")
+        read = await http.get(f"/v1/streams/{pasted}")
+        assert read.headers["x-baton-request-id"] == request_id
+        assert read.text.rstrip().endswith("data: [DONE]")
+
+
 async def test_an_unknown_request_is_a_404_of_its_own_code(server: RedisServer, tmp_path: Path) -> None:
     ways = [("GET", "/v1/streams/{}"), ("GET", "/v1/requests/{}"), ("POST", "/v1/requests/{}/cancel")]
     async with serving(server, tmp_path, "queue.result_ttl_s=1") as served, served.http() as http:

@@ -132,6 +132,11 @@ def test_messages_do_not_echo_at_length(raw: bytes) -> None:
     assert len(str(caught.value)) < 300
 
 
+def test_what_is_not_supported_is_said_so() -> None:
+    with pytest.raises(InvalidRequest, match=r"^tools is not supported$"):
+        chat_body(b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}]}')
+
+
 def test_unknown_fields_are_ignored_and_null_is_not_given() -> None:
     fields = [
         "max_tokens", "max_completion_tokens", "stop", "seed", "n", "temperature", "top_p", "stream", "stream_options",

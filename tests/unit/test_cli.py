@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+import pipeline
 from pipeline.cli.app import make_app
 from pipeline.cli.chat import Answer, spans, summary
-from pipeline.cli.children import Restarts, ending
+from pipeline.cli.children import Restarts
 from pipeline.cli.doctor import check_shared_memory
-from pipeline.cli.exits import Exit, NoAnswer, PortTaken, exit_for
 from pipeline.cli.options import api_url, base_url
 from pipeline.cli.up import Counts, free_port, worker_places
 from pipeline.config import ApiSettings, TransferSettings
 from pipeline.errors import ConfigError, RedisUnavailable, RequestFailed
+from pipeline.exits import Exit, NoAnswer, PortTaken, exit_for
 from pipeline.findings import Grade
+from pipeline.processes import ending
 from pipeline.protocol import Timeline
 from pipeline.redis_server import RedisServerError
 from pipeline.settings_file import known_keys
@@ -116,6 +118,12 @@ def test_errors_are_one_line_with_their_exit_code():
             2,
             "baton worker: no task for queue 'spell'; the app has queues words\n",
         ),
+        (
+            ["worker", "words", "--app", "tests.unit.no_such_app", "--set", "redis.url=redis://127.0.0.1:9"],
+            {},
+            2,
+            "baton worker: --app tests.unit.no_such_app: cannot import it: No module named 'tests.unit.no_such_app'\n",
+        ),
         (["worker", "decode", "--set", "redis.run_dir=none"], {}, 4, "baton: no Redis: redis.url is empty and "),
         (["worker", "decode", "--set", "pools.b.engine=mock"], {}, 2, "baton: --pool: which one of baton-tiny, b?\n"),
         (
@@ -167,6 +175,29 @@ def test_port_zero_is_a_free_one():
     port = free_port("127.0.0.1", 0)
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+def test_version_is_told_as_most_programs_do():
+    assert run("--version").stdout == f"baton {pipeline.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("up", "--port", "x"), "Invalid value for '--port': expected a whole number"),
+        (("chat", "hi", "--temperature", "9"), "Invalid value for '--temperature': expected at most 2"),
+        (("worker", "q", "-c", "0"), "Invalid value for '-c' / '--concurrency': expected at least 1"),
+        (("status", "-t", "soon"), "Invalid value for '-t' / '--timeout': expected a number"),
+        (("dead", "list", "--limit", "0"), "Invalid value for '--limit': expected at least 1"),
+        (("inspect", "nothing"), "Invalid value for 'action': 'nothing' is not one of 'ping', 'active', 'reserved'"),
+    ],
+)
+def test_a_wrong_value_is_told_in_plain_words(words, said):
+    result = run(*words)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.replace("│", " ").split())
+    assert "Input should" not in result.stderr
+    assert "Value error" not in result.stderr
 
 
 def test_version_is_readable_by_programs():

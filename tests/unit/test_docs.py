@@ -17,8 +17,8 @@ import typer.main
 
 import pipeline
 from pipeline.cli.app import EXIT_CODES, make_app
-from pipeline.cli.exits import Exit
 from pipeline.config import Settings
+from pipeline.exits import Exit
 from pipeline.settings_file import collect_values, known_keys
 
 REPOSITORY = Path(__file__).parents[2]

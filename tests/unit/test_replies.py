@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from pipeline.cli.app import make_app
 from pipeline.cli.events import as_json as event_json
 from pipeline.cli.events import as_line
+from pipeline.cli.remote import Whom, missing_lines
 from pipeline.cli.replies import as_json, as_text, online, status_line
 from pipeline.control import Answer, Question
 from pipeline.errors import ConfigError
@@ -93,3 +94,20 @@ def test_wrong_words_are_refused(words: list[str], message: str) -> None:
     result = CliRunner().invoke(make_app(), words)
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("to", "answered", "silent", "lines"),
+    [
+        ([], ["a"], [], []),
+        ([], [], ["b"], ["no reply within 1 s from: b"]),
+        (["a@p", "a"], ["a"], [], []),
+        (["a", "b"], ["a@p", "b@q"], [], []),
+        (["a@q"], ["a@p"], [], ["Error: a@q: no worker of this name is registered; registered: a, b"]),
+        (["a", "b"], ["a"], ["b"], ["Error: b: no reply within 1 s"]),
+    ],
+)
+def test_who_was_named_and_gave_no_answer_is_told(
+    to: list[str], answered: list[str], silent: list[str], lines: list[str]
+) -> None:
+    assert missing_lines(Whom(None, to, 1.0), answered, silent, ["a", "b"]) == lines

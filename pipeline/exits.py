@@ -1,4 +1,4 @@
-"""Exit codes of the command line, for scripts that call it."""
+"""Exit codes of the command line and of its processes, for scripts that call them."""
 
 from __future__ import annotations
 
