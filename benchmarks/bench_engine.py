@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import transformers
+from workers.transfers.shm import ShmTransfer
 
 from benchmarks.table import Row, print_rows
 from pipeline.builtin import builtin_model_path
 from pipeline.config import EngineSettings, PoolSettings, TorchSettings, TransferSettings
 from pipeline.protocol import BackendInput, Log, SamplingOptions, StopConditions
 from workers.engine import AsyncEngine, load_engine
-from workers.transfers.shm import ShmTransfer
 
 ROUNDS = 7
 PREFILL_TOKENS = 512

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from pipeline.config import TransferSettings
 from pipeline.protocol import KVHandle
-from workers.transfers.shm import ShmTransfer
+from workers.transfers.block_transfer import BlockTransfer
 
 KIB, MIB = 1024, 1_048_576
 SIZES = {"256 KiB": 256 * KIB, "1 MiB": MIB, "8 MiB": 8 * MIB, "64 MiB": 64 * MIB}
@@ -98,7 +98,7 @@ def stay_on_core(number: int) -> None:
 
 
 async def export_all(child: Connection, place: str) -> list[dict[str, Any]]:
-    transfer = ShmTransfer(TransferSettings(dir=place), "bench-export")
+    transfer = BlockTransfer(TransferSettings(dir=place), "bench-export")
     await transfer.start()
     pools = Pool(), Pool()
     rows = []
@@ -115,7 +115,7 @@ def rounds_for(nbytes: int) -> int:
 
 
 async def one_round(
-    transfer: ShmTransfer, child: Connection, pools: tuple[Pool, Pool], nbytes: int
+    transfer: BlockTransfer, child: Connection, pools: tuple[Pool, Pool], nbytes: int
 ) -> dict[str, float]:
     """Seconds of each part."""
     source, target = (pool.take(nbytes) for pool in pools)
@@ -137,7 +137,7 @@ def fetch_all(parent: Connection, place: str) -> None:
     """The child: fetches what it is told, until the parent hangs up."""
 
     async def serve() -> None:
-        transfer = ShmTransfer(TransferSettings(dir=place), "bench-fetch", exports=False)
+        transfer = BlockTransfer(TransferSettings(dir=place), "bench-fetch", exports=False)
         await transfer.start()
         pools = Pool(), Pool()
         while True:

@@ -24,14 +24,15 @@ from pipeline.errors import KVLost, TransferError, WireError
 from pipeline.protocol import KVHandle
 from tests.contract.transfer_blocks import ARENA, SLAB, Bytes, Sink, shm
 from workers.transfers.arena import HEADER, MAGIC, Arena, Header, remove_orphans
-from workers.transfers.shm import MAX_PEERS, ShmTransfer
+from workers.transfers.block_transfer import BlockTransfer
+from workers.transfers.ways.shm import MAX_PEERS
 
 ROOT = Path(__file__).parents[2]
 GOOD = "baton-x-0123456789abcdef"
 
 
 @asynccontextmanager
-async def started(place: Path, owner: str = "prefill", **options: bool) -> AsyncIterator[ShmTransfer]:
+async def started(place: Path, owner: str = "prefill", **options: bool) -> AsyncIterator[BlockTransfer]:
     transfer = shm(place, owner, **options)
     await transfer.start()
     try:
@@ -63,7 +64,7 @@ def file_of(place: Path, handle: KVHandle) -> Path:
     return place / str(handle.params["arena"])
 
 
-async def outcome(reader: ShmTransfer, handle: KVHandle) -> str:
+async def outcome(reader: BlockTransfer, handle: KVHandle) -> str:
     """How a fetch ends: ok, wire, or the reason of KVLost. Everything else fails the test."""
     sink = Sink(handle.nbytes, layout=handle.layout)
     try:
@@ -241,7 +242,7 @@ async def test_full_shared_memory_is_said_at_start(small_tmpfs: Path):
 async def test_sizes_that_make_no_sense(tmp_path: Path, arena_bytes: int, slab_bytes: int):
     settings = TransferSettings(dir=str(tmp_path), arena_bytes=arena_bytes, slab_bytes=slab_bytes)
     with pytest.raises(TransferError, match=r"transfer.slab_bytes"):
-        await ShmTransfer(settings, "prefill").start()
+        await BlockTransfer(settings, "prefill").start()
     assert arenas(tmp_path) == []
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pipeline.config import TransferSettings
 from workers.transfer import Transfer
-from workers.transfers.shm import ShmTransfer
+from workers.transfers.block_transfer import BlockTransfer
 
 LAYOUT = "test-layout"
 SLAB = 65_536
@@ -56,9 +56,9 @@ class Factory(Protocol):
     def __call__(self, place: Path, owner: str, *, verify: bool = True, exports: bool = True) -> Transfer: ...
 
 
-def shm(place: Path, owner: str, *, verify: bool = True, exports: bool = True) -> ShmTransfer:
+def shm(place: Path, owner: str, *, verify: bool = True, exports: bool = True) -> BlockTransfer:
     settings = TransferSettings(dir=str(place), arena_bytes=ARENA, slab_bytes=SLAB, verify=verify)
-    return ShmTransfer(settings, owner, exports=exports)
+    return BlockTransfer(settings, owner, exports=exports)
 
 
 TRANSFERS: dict[str, Callable[..., Transfer]] = {"shm": shm}
