@@ -23,7 +23,7 @@ from workers.transfers.offers import AUTO, Offer
 from workers.transfers.store import BlockStore, Export
 from workers.transfers.way import Unusable, Way, WayFactory
 
-WAYS = {"shm": "workers.transfers.ways.shm"}  # best first
+WAYS = {"shm": "workers.transfers.ways.shm", "tcp": "workers.transfers.ways.tcp.way"}  # best first
 COPY_THREADS = 2
 
 log = logging.getLogger(__name__)
