@@ -1,10 +1,11 @@
 # Two commands are enough: `make up` and `make test`. The rest is listed by `make help`.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help up test test-faults test-all chaos check lint types imports bench lock clean
+.PHONY: help up test test-faults test-vllm test-all chaos check lint types imports bench lock clean
 MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALLED_VLLM := .venv-vllm/.installed
 
 # make chaos
 SECONDS ?= 60
@@ -19,13 +20,16 @@ up: $(INSTALLED) ## install what is missing, start everything, stream a sample a
 	@$(BIN)/baton up
 
 test: $(INSTALLED) check ## lint, types, import rules and all tests but the slow ones and those of faults: what CI runs first
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not faults"
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not faults and not vllm"
 
 test-faults: $(INSTALLED) ## kill, freeze, fail over, lose data, a short chaos run: what CI runs next
-	@$(BIN)/python -m pytest -m "faults and not slow"
+	@$(BIN)/python -m pytest -m "faults and not slow and not vllm"
+
+test-vllm: $(INSTALLED_VLLM) ## vLLM for CPUs as an engine, in .venv-vllm (3.4 GB, minutes to install)
+	@.venv-vllm/bin/python -m pytest -m "vllm and not slow"
 
 test-all: $(INSTALLED) check ## the same with the slow tests
-	@$(BIN)/python -m pytest -m "not gpu"
+	@$(BIN)/python -m pytest -m "not gpu and not vllm"
 
 chaos: $(INSTALLED) ## faults under load: make chaos SECONDS=600 SEED=1 ENGINE=mock (or torch) CLIENTS=12
 	@$(BIN)/python -m tests.chaos --seconds $(SECONDS) --seed $(SEED) --engine $(ENGINE) --clients $(CLIENTS)
@@ -50,8 +54,11 @@ lock: $(INSTALLED) ## write requirements.lock anew from pyproject.toml (PyTorch 
 	  { echo "$$head"; $(BIN)/python .ci/lock.py "$$torch"; } > requirements.lock.new; mv requirements.lock.new requirements.lock'
 
 clean: ## remove .venv, caches and the data of the private Redis server
-	rm -rf .venv run .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .venv-vllm run .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements.lock pyproject.toml .ci/install
 	@.ci/install
+
+$(INSTALLED_VLLM): requirements-vllm.lock pyproject.toml .ci/install
+	@.ci/install vllm

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 from api.service import ServedPool
 from pipeline.client import PoolClient
-from pipeline.config import EngineSettings, PoolSettings, Settings
+from pipeline.config import EngineSettings, MockSettings, PoolSettings, Settings, VllmSettings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
 from pipeline.preprocess import Preprocessor
@@ -31,7 +31,6 @@ async def open_pool(name: str, settings: Settings, connection: Connection, proce
         connection,
         name,
         process,
-        block_size=settings.engine.mock.block_size if pool.engine == "mock" else settings.engine.torch.block_size,
         queue=settings.queue,
         router=settings.router,
         worker=settings.worker,
@@ -50,10 +49,12 @@ def load_tokenizer(source: str) -> Tokenizer:
 
 def max_model_len(name: str, pool: PoolSettings, engine: EngineSettings, model_says: int | None) -> int:
     """Prompt and output tokens together, at most: what is set, bounded by what the model and an engine's blocks can."""
-    blocks = engine.mock if pool.engine == "mock" else engine.torch
+    section = engine.of(pool.engine)
     limits = [
-        blocks.num_blocks * blocks.block_size,
-        engine.mock.max_model_len if pool.engine == "mock" else model_says,
+        None
+        if isinstance(section, VllmSettings)
+        else section.num_blocks * section.block_size,  # vLLM counts at its start
+        section.max_model_len if isinstance(section, MockSettings) else model_says,
         pool.max_model_len or None,
     ]
     known = [limit for limit in limits if limit is not None]

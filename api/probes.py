@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 from fastapi import APIRouter
@@ -13,6 +13,7 @@ from starlette.responses import Response
 import pipeline
 from api.service import ServedPool, Service
 from pipeline.snapshot import PoolSnapshot
+from pipeline.wording import counted
 
 PROBE = ["GET", "HEAD"]
 
@@ -73,22 +74,51 @@ def probe_routes(service: Service) -> APIRouter:
     return router
 
 
+class Problem(NamedTuple):
+    """One thing that is wrong, and what it makes of the pool: `unavailable` or `degraded`."""
+
+    status: str
+    text: str
+
+
 def pool_health(snapshot: PoolSnapshot, redis_error: str | None, redis_problems: Sequence[str]) -> dict[str, Any]:
-    """One pool: unavailable without Redis or decode workers, degraded without prefill workers or where something is wrong with
-    the Redis that answers."""
-    workers = {role: len(snapshot.workers.get(role, {})) for role in ("prefill", "decode", "api")}
-    problems = [f"Redis does not answer: {redis_error}"] if redis_error else []
-    if not workers["decode"]:
-        problems.append("no decode worker is alive: requests wait until their deadline")
-    status = "unavailable" if problems else "ok"
-    if not workers["prefill"]:
-        problems.append("no prefill worker is alive: decode workers prefill")
-        status = "degraded" if status == "ok" else status
-    if redis_problems and not redis_error:
-        problems += redis_problems
-        status = "degraded" if status == "ok" else status
-    waiting = {stage: snapshot.waiting(stage) for stage in ("prefill", "decode")}
-    return {"status": status, "problems": problems, "workers": workers, "waiting": waiting}
+    """One pool: unavailable where a request sent now could not be answered, degraded where something else is wrong."""
+    if redis_error:
+        problems = [Problem("unavailable", f"Redis does not answer: {redis_error}")]
+    else:
+        problems = [Problem("degraded", text) for text in redis_problems]
+    problems += [*_stage_problems(snapshot), *_queue_problems(snapshot)]
+    queues = snapshot.own_queues()
+    return {
+        "status": worst([problem.status for problem in problems]),
+        "problems": [problem.text for problem in problems],
+        "workers": {role: len(snapshot.workers.get(role, {})) for role in ("prefill", "decode", "api", *queues)},
+        "waiting": {stage: snapshot.waiting(stage) for stage in ("prefill", "decode", *queues)},
+    }
+
+
+def _stage_problems(snapshot: PoolSnapshot) -> Iterator[Problem]:
+    """Without a prefill worker decode workers prefill; one that is only paused keeps its queue, so what is sent there waits."""
+    if not snapshot.workers.get("decode"):
+        yield Problem("unavailable", "no decode worker is alive: requests wait until their deadline")
+    if not snapshot.workers.get("prefill"):
+        yield Problem("degraded", "no prefill worker is alive: decode workers prefill")
+    for stage in ("prefill", "decode"):
+        if snapshot.all_paused(stage):
+            yield Problem(
+                "unavailable", f"all {stage} workers are paused: requests wait until one resumes, or for their deadline"
+            )
+
+
+def _queue_problems(snapshot: PoolSnapshot) -> Iterator[Problem]:
+    """Of stages of one's own: nobody takes what waits there."""
+    for queue in snapshot.own_queues():
+        if not (waiting := snapshot.waiting(queue)):
+            continue
+        if not snapshot.workers.get(queue):
+            yield Problem("degraded", f"{counted(waiting, 'task')} on queue {queue}, and no worker of it is alive")
+        elif snapshot.all_paused(queue):
+            yield Problem("degraded", f"{counted(waiting, 'task')} on queue {queue}, and all its workers are paused")
 
 
 def worst(states: list[str]) -> str:

@@ -41,7 +41,6 @@ class PoolClient:
         pool: str,
         name: str,
         *,
-        block_size: int,
         queue: QueueSettings,
         router: RouterSettings,
         worker: WorkerSettings,
@@ -52,7 +51,6 @@ class PoolClient:
         self.queue = PoolQueue(connection, pool)
         self._connection = connection
         self._name = name
-        self._block_size = block_size
         self._settings = queue
         self._initial_router = router
         self._worker = worker
@@ -115,7 +113,7 @@ class PoolClient:
         """
         admission = self._route(
             Admission(
-                request, "", "", 0, self._name, priority=priority, linger_s=linger_s, delay_s=delay_s,
+                request, "", "", self._name, priority=priority, linger_s=linger_s, delay_s=delay_s,
                 idempotency_key=idempotency_key, digest=body_digest,
             )
         )  # fmt: skip
@@ -162,7 +160,7 @@ class PoolClient:
         Raises `QueueFull` with `retry_after_s`, `IdempotencyConflict`, `RedisUnavailable`.
         """
         admission = Admission(
-            request, stage, priority, 1, "", priority=priority, idempotency_key=idempotency_key, digest=body_digest,
+            request, stage, priority, "", priority=priority, idempotency_key=idempotency_key, digest=body_digest,
             delay_s=delay_s, notify=self._name,
         )  # fmt: skip
         if not stage:
@@ -183,10 +181,10 @@ class PoolClient:
         """Where it starts, as the pool looks now."""
         request = admission.request
         prompt_tokens = len(request.input.token_ids)
-        blocks = blocks_needed(prompt_tokens, request.input.sampling_options.n, self._block_size)
-        route = self._router.route(prompt_tokens, 0, self._load, admission.priority, blocks=blocks)
+        n = request.input.sampling_options.n
+        route = self._router.route(prompt_tokens, 0, self._load, admission.priority, n=n)
         log.debug("routed", request_id=request.id, stage=route.stage, lane=route.lane, why=route.why)
-        return dataclasses.replace(admission, stage=route.stage, lane=route.lane, blocks=blocks)
+        return dataclasses.replace(admission, stage=route.stage, lane=route.lane)
 
     def _limits(self, priority: str, deadline_s: float | None) -> Limits:
         lane = self._settings.lane(priority)
@@ -266,7 +264,7 @@ class PoolClient:
             if found.has_ended:
                 return stream
             priority = found.lane if found.lane in LANES else "default"
-            admission = Admission(found.request, "", "", 0, self._name, priority=priority, linger_s=found.linger_s)
+            admission = Admission(found.request, "", "", self._name, priority=priority, linger_s=found.linger_s)
             stream.serve(functools.partial(self._restore, admission, self._limits(priority, None), time.monotonic()))
         try:
             assert self._subscription is not None
@@ -397,11 +395,6 @@ class PoolClient:
         self._load = self._snapshot.load()
         self._router = DisaggregatedRouter(self._snapshot.router(self._initial_router))
         self._drained_per_s = drained_per_s(self._drained_per_s, before, self._snapshot)
-
-
-def blocks_needed(prompt_tokens: int, n: int, block_size: int) -> int:
-    """Blocks that a request needs to start: its prompt's, and room for the next token of each choice."""
-    return (prompt_tokens + block_size - 1) // block_size + n
 
 
 def drained_per_s(rates: dict[str, float], before: PoolSnapshot, after: PoolSnapshot) -> dict[str, float]:

@@ -35,7 +35,7 @@ class PoolSettings(Section, frozen=True, kw_only=True):
     """`[pools.<name>]`: one served model. The name is the model's id in the API."""
 
     model: str = "baton-tiny"  # the built-in model, a folder, or a hub id
-    engine: Literal["torch", "mock"] = "torch"
+    engine: Literal["torch", "vllm", "mock"] = "torch"
     tokenizer: str = ""  # empty: the model's own
     max_model_len: Amount = 0  # 0: what the model says
 
@@ -125,6 +125,21 @@ class TorchSettings(Section, frozen=True, kw_only=True):
     threads: Count = 1  # CPU threads of the engine
 
 
+class VllmSettings(Section, frozen=True, kw_only=True):
+    """`[engine.vllm]`; 0 leaves a value to vLLM."""
+
+    dtype: str = "auto"
+    block_size: Amount = 0
+    kv_cache_bytes: Amount = 0  # memory of the blocks; 0: what `gpu_memory_utilization` leaves
+    gpu_memory_utilization: Share = 0.9
+    max_num_seqs: Count = 128
+    max_num_batched_tokens: Count = 2048
+    prefix_cache: bool = True
+    enforce_eager: bool = False
+    threads: Count = 1  # CPU threads of the engine
+    args: str = ""  # more of vLLM's engine arguments, a JSON object; they win
+
+
 class MockSettings(Section, frozen=True, kw_only=True):
     """`[engine.mock]`: time = base + per-token terms, in milliseconds; all zero is an instant engine."""
 
@@ -147,7 +162,13 @@ class EngineSettings(Section, frozen=True, kw_only=True):
     """`[engine]`"""
 
     torch: TorchSettings = TorchSettings()
+    vllm: VllmSettings = VllmSettings()
     mock: MockSettings = MockSettings()
+
+    def of(self, engine: str) -> TorchSettings | VllmSettings | MockSettings:
+        """The section of an engine, by its name in `pools.<name>.engine`."""
+        section: TorchSettings | VllmSettings | MockSettings = getattr(self, engine)
+        return section
 
 
 class TcpSettings(Section, frozen=True, kw_only=True):

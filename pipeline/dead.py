@@ -92,8 +92,8 @@ class DeadLetters:
         entry, so there is one new request, and then the entry is gone.
         """
         request = await self.request(letter)
-        fields = await self._connection.command("HMGET", self._keys.request(letter.id), "state", "blocks", "priority")
-        state, blocks, priority = (text(field) for field in fields)
+        fields = await self._connection.command("HMGET", self._keys.request(letter.id), "state", "priority")
+        state, priority = (text(field) for field in fields)
         if state != "dead":
             raise BatonError(f"{letter.id}: it is {state}, not dead: not replayed")
         new_id = _new_id(self.pool, letter)
@@ -101,25 +101,25 @@ class DeadLetters:
             request, id=new_id, created_s=int(time.time()), resumable=True,  # nobody waits at an API for it
             input=msgspec.structs.replace(request.input, request_id=new_id),
         )  # fmt: skip
-        stage, first_lane = await self._place(request, letter, priority, int(blocks), router)
+        stage, first_lane = await self._place(request, letter, priority, router)
         lane = queue.lane(priority)
         limits = Limits(
             lane.max_waiting_tasks, lane.max_waiting_tokens, lane.deadline_s, queue.result_ttl_s, queue.dead_ttl_s
         )
-        admission = Admission(again, stage, first_lane, int(blocks), "", priority=priority, replay_of=letter.id)
+        admission = Admission(again, stage, first_lane, "", priority=priority, replay_of=letter.id)
         await self._queue.admit(admission, limits)
         await self._connection.command("XDEL", self._keys.dead(), letter.entry)
         return new_id
 
     async def _place(
-        self, request: Request, letter: DeadLetter, priority: str, blocks: int, router: RouterSettings
+        self, request: Request, letter: DeadLetter, priority: str, router: RouterSettings
     ) -> tuple[str, str]:
         """Stage and lane where it starts again: a generation where the router says now, a task of one's own on its own queue."""
         if request.task is not None:
             return letter.stage, priority
         snapshot = await take_snapshot(self._connection, self._keys)
         route = DisaggregatedRouter(snapshot.router(router)).route(
-            len(request.input.token_ids), 0, snapshot.load(), priority, blocks=blocks
+            len(request.input.token_ids), 0, snapshot.load(), priority, n=request.input.sampling_options.n
         )
         return route.stage, route.lane
 

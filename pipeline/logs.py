@@ -14,6 +14,7 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from pipeline.config import LogSettings
+from pipeline.wording import counted
 
 _QUIET = ("httpx", "httpcore", "asyncio", "filelock")  # they report each call at info; warnings still show
 
@@ -64,13 +65,15 @@ def _last(settings: LogSettings) -> list[Processor]:
 def _in_celery_s_words(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     """A worker's lines as its users know them, `Task decode[id] succeeded in 0.123s`; programs get the fields instead."""
     message = str(event.get("event", ""))
-    if message == "ready" and "worker" in event:
-        event["event"] = f"{event.pop('worker')} ready."
+    if message in ("ready", "left") and "worker" in event:
+        event["event"] = f"{event.pop('worker')} {message}."
     elif message.startswith("task ") and "task" in event and "request_id" in event:
-        seconds, why = event.pop("seconds", None), event.pop("why", "")
+        seconds, attempts = event.pop("seconds", None), event.pop("attempts", 0)
         took = f" in {seconds:.3f}s" if seconds is not None and message == "task succeeded" else ""
+        took += f" after {counted(attempts, 'attempt')}" if attempts else ""
         text = f"Task {event.pop('task')}[{event.pop('request_id')}] {message.removeprefix('task ')}{took}"
-        event["event"] = f"{text}: {why}" if why else text
+        why, then = event.pop("why", ""), event.pop("then", "")
+        event["event"] = text + (f": {why}" if why else "") + (f"; {then}" if then else "")
     return event
 
 

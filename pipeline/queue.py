@@ -31,6 +31,7 @@ from pipeline.protocol import (
     pack_tokens,
     unpack_tokens,
 )
+from pipeline.routing import blocks_needed
 
 STAGES = ("prefill", "decode")
 LANES = ("high", "default", "low")
@@ -139,6 +140,9 @@ class Limits:
     dead_ttl_s: float = 86_400.0
 
 
+BLOCK_BEFORE = 16  # tokens of a block, as workers before 0.1.0 have it from the API; now each counts in its own
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Admission:
     """A request on its way into a pool: where it starts, and what becomes of it when its API process ends."""
@@ -146,7 +150,6 @@ class Admission:
     request: Request
     stage: str
     lane: str
-    blocks: int
     api: str
     priority: str = "default"
     idempotency_key: str = ""
@@ -227,9 +230,10 @@ class PoolQueue:
     def _stored(self, admission: Admission, limits: Limits) -> tuple[Arg, ...]:
         """The arguments of `request_of` in `_lib.lua`."""
         request, linger_s = admission.request, admission.linger_s
+        prompt_tokens, n = len(request.input.token_ids), request.input.sampling_options.n
         return (
-            request.id, admission.stage, admission.lane, self._encode(request), len(request.input.token_ids), admission.blocks,
-            request.input.sampling_options.n, WIRE_VERSION, admission.api, limits.deadline_s, int(limits.result_ttl_s),
+            request.id, admission.stage, admission.lane, self._encode(request), prompt_tokens,
+            blocks_needed(prompt_tokens, n, BLOCK_BEFORE), n, WIRE_VERSION, admission.api, limits.deadline_s, int(limits.result_ttl_s),
             int(limits.dead_ttl_s), admission.priority, admission.idempotency_key,
             "" if linger_s is None else int(linger_s * 1000), int(admission.delay_s * 1000), admission.replay_of,
             admission.digest, admission.notify,
@@ -290,13 +294,15 @@ class PoolQueue:
     # -- a worker's side ----------------------------------------------------------------------------------------------
 
     async def claim(
-        self, stage: str, worker: str, looks: Sequence[LaneLook], *, total_blocks: int, overtake_ms: int, guard_ms: int = 0,
-        held: int = 0, nonce: str = "",
+        self, stage: str, worker: str, looks: Sequence[LaneLook], *, total_blocks: int, block_size: int, overtake_ms: int,
+        guard_ms: int = 0, held: int = 0, nonce: str = "",
     ) -> Delivery | None:  # fmt: skip
-        """One task that fits, or None. `looks` in their order, the worker's own lane first; `held`: tasks that run here already."""
+        """One task that fits, or None. `looks` in their order, the worker's own lane first; blocks are of `block_size` tokens;
+        `held`: tasks that run here already."""
         flat = [value for look in looks for value in (look.lane, look.free_blocks, "aged" if look.aged else "")]
         answer = await self._call(
-            "claim", stage, worker, nonce or secrets.token_hex(8), held, total_blocks, WIRE_VERSION, overtake_ms, guard_ms, *flat
+            "claim", stage, worker, nonce or secrets.token_hex(8), held, total_blocks, block_size, WIRE_VERSION, overtake_ms,
+            guard_ms, *flat,
         )  # fmt: skip
         if not answer:
             return None

@@ -5,6 +5,7 @@
 2. `RedisServer.start` takes the lock of the folder (0700), and starts the program on a unix socket in it.
 3. `wait_ready` asks PING until the data of the last run is loaded.
 4. `stop` sends SHUTDOWN: the append-only file is complete, the socket is gone.
+5. `running_redis` is how everybody else in the folder finds it.
 
 The folder's lock is a flock that supervisor and server share: it is free when both are gone, whatever ended them.
 The server gets SIGTERM when the process that started it ends, so even after `kill -9` it closes its files in order.
@@ -25,10 +26,13 @@ import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import BatonError, RedisUnavailable
 from pipeline.processes import bound_command
+
+if TYPE_CHECKING:
+    from pipeline.config import RedisSettings
 
 MIN_VERSION = {"redis": (6, 2), "valkey": (7, 2)}
 _PROGRAMS = ("redis-server", "valkey-server")
@@ -185,6 +189,23 @@ class RedisServer:
             return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-5:])
         except OSError as error:
             return f"(no log: {error.strerror})"
+
+
+def running_redis(settings: RedisSettings) -> RedisSettings:
+    """The settings with the address of a Redis that is there: their own, else the private one of a running `baton up` in this folder.
+
+    Raises `RedisUnavailable` when there is neither.
+    """
+    if settings.url:
+        return settings
+    socket_path = (Path(settings.run_dir) / "redis.sock").absolute()
+    if not socket_path.exists():
+        raise RedisUnavailable(
+            f"no Redis: redis.url is empty and {socket_path} is not there; start `baton up` here or set BATON_REDIS_URL"
+        )
+    import msgspec  # not needed to find and start a server, which works in an interpreter without packages
+
+    return msgspec.structs.replace(settings, url=f"unix://{socket_path}")
 
 
 def ask_redis(socket_path: Path, *words: str, timeout_s: float = 5.0) -> bytes:

@@ -28,15 +28,32 @@ class Route:
     why: str
 
 
+def blocks_needed(prompt_tokens: int, n: int, block_size: int) -> int:
+    """Blocks that a request needs to start: its prompt's, and room for the next token of each choice."""
+    return (prompt_tokens + block_size - 1) // block_size + n
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Room:
+    """The largest task that a worker could ever start and export, in its blocks."""
+
+    blocks: int
+    block_size: int
+
+    def holds(self, prompt_tokens: int, n: int) -> bool:
+        """Whether a request fits in it."""
+        return blocks_needed(prompt_tokens, n, self.block_size) <= self.blocks
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PoolLoad:
-    """What the router knows of a pool: waiting prefill tasks, how many workers of each stage live, and the blocks of the largest
-    task that one of the living prefill workers could ever start and export (None: none has said)."""
+    """What the router knows of a pool: waiting prefill tasks, how many workers of each stage live, and the room of each living prefill
+    worker (empty: not all have said)."""
 
     prefill_waiting: int
     prefill_alive: int
     decode_alive: int
-    prefill_max_blocks: int | None = None
+    prefill_rooms: tuple[Room, ...] = ()
 
 
 class DisaggregatedRouter:
@@ -45,16 +62,14 @@ class DisaggregatedRouter:
     def __init__(self, policy: RouterSettings) -> None:
         self._policy = policy
 
-    def route(
-        self, prompt_tokens: int, hit_tokens: int, load: PoolLoad, lane: str = "default", *, blocks: int = 0
-    ) -> Route:
+    def route(self, prompt_tokens: int, hit_tokens: int, load: PoolLoad, lane: str = "default", *, n: int = 1) -> Route:
         """Remote when the effective prompt (prompt minus `hit_tokens` that decode workers hold) is longer than
         `max_local_prefill_length` and fewer than `max_prefill_queue_size` tasks wait;
-        local also while only decode workers live, and where no prefill worker could hold the request's `blocks`.
+        local also while only decode workers live, and where no prefill worker could hold the request with its `n` choices.
         """
         if load.prefill_alive == 0 and load.decode_alive > 0:
             return Route("decode", lane, "no prefill worker alive")
-        if load.prefill_max_blocks is not None and blocks > load.prefill_max_blocks:
+        if load.prefill_rooms and not any(room.holds(prompt_tokens, n) for room in load.prefill_rooms):
             return Route("decode", lane, "larger than any prefill worker")
         if prompt_tokens - hit_tokens <= self._policy.max_local_prefill_length:
             return Route("decode", lane, "short prompt")

@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.keys import PoolKeys
 from pipeline.protocol import UNREADABLE, BellNote
 from pipeline.queue import STAGES
-from pipeline.routing import PoolLoad
+from pipeline.routing import PoolLoad, Room
 
 ROLES = (*STAGES, "api")  # of every pool; stages of one's own are in its `stages`
 
@@ -35,6 +35,16 @@ class PoolSnapshot:
         """The living workers of all stages."""
         return [name for role, names in self.workers.items() if role != "api" for name in names]
 
+    def all_paused(self, stage: str) -> bool:
+        """Whether a stage has workers, and each was told to claim nothing."""
+        said = self.workers.get(stage, {}).values()
+        return bool(said) and all(_said(info).paused for info in said)
+
+    def own_queues(self) -> list[str]:
+        """The stages of one's own that have or had a worker or work."""
+        waiting = {name.split(":")[1] for name in self.counters if name.startswith("waiting:")}
+        return _own([*self.workers, *waiting])
+
     def waiting(self, stage: str, lane: str = "") -> int:
         """Tasks that wait in a stage, on one lane or on all."""
         return self.counters.get(f"waiting:{stage}:{lane}", 0) if lane else self.total(f"waiting:{stage}:")
@@ -42,10 +52,10 @@ class PoolSnapshot:
     def load(self) -> PoolLoad:
         """The router's view."""
         alive = {role: len(self.workers.get(role, {})) for role in ROLES}
-        totals = [_total_blocks(info) for info in self.workers.get("prefill", {}).values()]
-        known = [total for total in totals if total is not None]
-        largest = max(known) if known and len(known) == len(totals) else None
-        return PoolLoad(self.waiting("prefill"), alive["prefill"], alive["decode"], largest)
+        told = [_said(info).room for info in self.workers.get("prefill", {}).values()]
+        rooms = tuple(room for room in told if room is not None)
+        is_whole = len(rooms) == len(told)
+        return PoolLoad(self.waiting("prefill"), alive["prefill"], alive["decode"], rooms if is_whole else ())
 
     def router(self, initial: RouterSettings) -> RouterSettings:
         """Router settings: those changed at run time over the initial ones. Raises `ConfigError` naming the key."""
@@ -100,16 +110,31 @@ async def set_router(connection: Connection, keys: PoolKeys, changes: Mapping[st
     await connection.command("PUBLISH", keys.bell("pool"), msgspec.msgpack.encode(BellNote("pool")))
 
 
+class _SaidOfEngine(msgspec.Struct):
+    block_size: int
+
+
 class _Said(msgspec.Struct):
+    """What is read here of what a worker says of itself: the largest task that it could start (None: it has not said), in blocks of
+    its engine's size, and whether it was told to claim nothing."""
+
     total_blocks: int | None = None
+    engine: _SaidOfEngine | None = None
+    paused: bool = False
+
+    @property
+    def room(self) -> Room | None:
+        """The largest task that it could start; None when it has not said."""
+        if self.total_blocks is None or self.engine is None:
+            return None
+        return Room(self.total_blocks, self.engine.block_size)
 
 
-def _total_blocks(info: bytes) -> int | None:
-    """What a worker says of the largest task that it could start; None when it has not."""
+def _said(info: bytes) -> _Said:
     try:
-        return msgspec.json.decode(info, type=_Said).total_blocks
+        return msgspec.json.decode(info, type=_Said)
     except UNREADABLE:
-        return None
+        return _Said()
 
 
 def _living(row: list[object], now_ms: int) -> list[str]:

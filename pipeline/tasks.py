@@ -35,6 +35,7 @@ from pipeline.ids import new_process_name, new_request_id
 from pipeline.keys import is_own_queue
 from pipeline.protocol import BackendInput, FinishReason, Request, TaskCall, no_input
 from pipeline.queue import LANES, Brief
+from pipeline.redis_server import running_redis
 from pipeline.stream import Ended, Usage
 
 PENDING, STARTED, RETRY, SUCCESS, FAILURE, REVOKED = "PENDING", "STARTED", "RETRY", "SUCCESS", "FAILURE", "REVOKED"
@@ -56,17 +57,19 @@ class Generation(msgspec.Struct, frozen=True):
 
 @contextlib.asynccontextmanager
 async def connect(settings: Settings, pool: str = "") -> AsyncIterator[TaskClient]:
-    """A client of one pool (left out: the only one) with a connection of its own. Raises `ConfigError`, `RedisUnavailable`."""
+    """A client of one pool (left out: the only one) with a connection of its own.
+
+    Without a `redis.url` it finds the private Redis of a `baton up` in this folder, as the command line does. Raises `ConfigError`,
+    `RedisUnavailable`.
+    """
     if not pool and len(settings.pools) == 1:
         pool = next(iter(settings.pools))
     if pool not in settings.pools:
         raise ConfigError(f"which pool? {pool!r} is none of {sorted(settings.pools)}")
-    is_mock = settings.pools[pool].engine == "mock"
-    block_size = settings.engine.mock.block_size if is_mock else settings.engine.torch.block_size
-    connection = Connection(settings.redis)
+    connection = Connection(running_redis(settings.redis))
     try:
         async with PoolClient(
-            connection, pool, new_process_name("client"), block_size=block_size, queue=settings.queue,
+            connection, pool, new_process_name("client"), queue=settings.queue,
             router=settings.router, worker=settings.worker, silence_s=settings.api.silence_s,
         ) as client:  # fmt: skip
             yield TaskClient(client)

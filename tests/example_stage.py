@@ -76,6 +76,12 @@ async def wait_for(task: StageTask, path: str, go: str) -> int:
     return os.getpid()
 
 
+@stages.task("wait_within", queue="words", soft_time_limit=40, time_limit=50)
+async def wait_within(task: StageTask, path: str, go: str) -> int:
+    """The same with limits, one call deeper."""
+    return await wait_for(task, path, go)
+
+
 @stages.task("slow_spell", queue="words")
 async def slow_spell(task: StageTask, text: str, path: str) -> int:
     """Streams; noted is the process, and where each delivery began."""

@@ -131,7 +131,7 @@ class System:
         """A pool client in this process, as an API process has one."""
         settings = self.settings
         async with PoolClient(
-            connection or self.connection, POOL, name, block_size=settings.engine.mock.block_size, queue=settings.queue,
+            connection or self.connection, POOL, name, queue=settings.queue,
             router=settings.router, worker=settings.worker, silence_s=settings.api.silence_s,
         ) as client:  # fmt: skip
             yield client

@@ -138,12 +138,14 @@ class WorkerControl:
         if not self.is_paused:
             log.info("paused: claims nothing until it is told to resume", worker=self._worker.name)
         self.is_paused = True
+        self._worker.announce()
         return "paused: what it holds goes on, nothing new is claimed"
 
     async def _resume(self, _: dict[str, Any]) -> str:
         if self.is_paused:
             log.info("resumed", worker=self._worker.name)
         self.is_paused = False
+        self._worker.announce()
         self._worker.wake()
         return "claims again"
 

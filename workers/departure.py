@@ -12,7 +12,9 @@ import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+import traceback
+import types
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import structlog
@@ -80,9 +82,24 @@ class Departure:
     def _dump(self) -> None:
         """The threads are written already; here the tasks of the loop, then the engine's process is asked for its own."""
         for task in asyncio.all_tasks():
-            task.print_stack(limit=5, file=sys.stderr)
+            frames = traceback.StackSummary.extract((frame, frame.f_lineno) for frame in awaiting(task.get_coro()))
+            sys.stderr.write(f"Stack for {task!r} (most recent call last):\n{''.join(frames.format())}")
         sys.stderr.flush()
         pid = self._engine_pid()
         if pid and catches(pid, signal.SIGUSR1):  # one that has only begun to start would end of it
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
+
+
+def awaiting(work: Any) -> Iterator[types.FrameType]:
+    """The frames of a suspended coroutine, from its own to where it waits. asyncio shows the first one alone."""
+    while work is not None:
+        frame = _any_of(work, "cr_frame", "gi_frame", "ag_frame")
+        if frame is not None:
+            yield frame
+        work = _any_of(work, "cr_await", "gi_yieldfrom", "ag_await")
+
+
+def _any_of(work: object, *names: str) -> Any:
+    """The same fact has a name of its own on coroutines, generators and asynchronous generators."""
+    return next((value for name in names if (value := getattr(work, name, None)) is not None), None)

@@ -128,7 +128,11 @@ class EngineFactory(Protocol):
 
 def load_engine(pool: PoolSettings, engine: EngineSettings, transfer: Transfer) -> AsyncEngine:
     """The engine that the pool names, not yet started. Only its own module is imported, so torch costs nobody else."""
-    modules = {"torch": "workers.engines.torch.engine", "mock": "workers.engines.mock"}
+    modules = {
+        "torch": "workers.engines.torch.engine",
+        "vllm": "workers.engines.vllm.engine",
+        "mock": "workers.engines.mock",
+    }
     if pool.engine not in modules:
         raise ConfigError(f"pools.<name>.engine: {pool.engine!r} is none of {', '.join(modules)}")
     create = cast(EngineFactory, import_module(modules[pool.engine]).create_engine)

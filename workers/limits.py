@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
@@ -94,7 +93,7 @@ class _Run:
             self.task.cancel()
 
     async def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return await _driven(work, self._instead)
+        return await _Driven(work, self._instead)
 
     def _instead(self, cancellation: asyncio.CancelledError) -> BaseException:
         if self._told is None:
@@ -104,28 +103,29 @@ class _Run:
         return told
 
 
-@types.coroutine
-def _driven(
-    work: Coroutine[Any, Any, T], instead: Callable[[asyncio.CancelledError], BaseException]
-) -> Generator[Any, Any, T]:
-    """Step a coroutine as `await` does, except that a cancellation may become another error inside it."""
-    error: BaseException | None = None
-    while True:
-        try:
-            waits_for = work.send(None) if error is None else work.throw(error)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        error = None
-        try:
-            yield waits_for
-        except asyncio.CancelledError as cancellation:
-            error = instead(cancellation)
-        except GeneratorExit:
-            work.close()
-            raise
-        except BaseException as other:  # noqa: BLE001  # belongs to the handler, like everything that is thrown in
-            error = other
+class _Driven(Generator[Any, Any, T]):
+    """Steps a coroutine as `await` does, except that a cancellation may become another error inside it."""
+
+    def __init__(
+        self, work: Coroutine[Any, Any, T], instead: Callable[[asyncio.CancelledError], BaseException]
+    ) -> None:
+        self.cr_await = work  # as a coroutine tells what it waits for: a dump of the stacks goes on there
+        self._instead = instead
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self
+
+    def send(self, value: Any) -> Any:
+        """Go on."""
+        return self.cr_await.send(value)
+
+    def throw(self, error: Any, value: Any = None, trace: Any = None) -> Any:
+        """Raise inside it where it waits."""
+        return self.cr_await.throw(self._instead(error) if isinstance(error, asyncio.CancelledError) else error)
+
+    def close(self) -> None:
+        """Nobody waits for it any more."""
+        self.cr_await.close()
 
 
 async def in_thread(call: Awaitable[T]) -> T:

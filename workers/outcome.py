@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import Any
 
 import msgspec
@@ -68,12 +69,21 @@ class Reject:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Dropped:
-    """Not this worker's any more (ended elsewhere, lease lost): nothing is left to say."""
+    """Not this delivery's any more (ended elsewhere, lease lost): nothing is left to say."""
 
     why: str
 
 
 Outcome = Done | Handover | Retry | Fail | Reject | Dropped
+
+
+class Answer(enum.Enum):
+    """What Redis answered when an outcome was said to it."""
+
+    TAKEN = enum.auto()
+    DEAD = enum.auto()  # dead-lettered: it does not wait for another try
+    NOT_OURS = enum.auto()  # it had ended, or is another delivery's: nothing was changed
+    UNSAID = enum.auto()  # Redis was away until this worker had to leave
 
 
 def classify(error: BaseException) -> Outcome:

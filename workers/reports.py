@@ -6,15 +6,24 @@ Messages are constant and the rest is in fields; on a console `pipeline.logs` wr
 from __future__ import annotations
 
 import collections
+import dataclasses
 
 import structlog
 
-from pipeline.queue import Delivery
-from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry
-
-ENDED_ELSEWHERE = ("ended elsewhere", "ended")  # cancelled, as a rule; else the task is another worker's now
+from pipeline.queue import Brief, Delivery
+from workers.outcome import Answer, Done, Dropped, Fail, Handover, Outcome, Reject, Retry
 
 log = structlog.get_logger("baton.worker")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Told:
+    """A line on the end of a delivery; `attempts`: after how many a task was dead-lettered."""
+
+    message: str
+    why: str = ""
+    level: str = "info"
+    attempts: int = 0
 
 
 class Reports:
@@ -24,35 +33,56 @@ class Reports:
         self.totals: collections.Counter[str] = collections.Counter()
         self.clock = 0  # moves with everything that happens here
 
-    def received(self, delivery: Delivery) -> None:
-        """A task was claimed."""
-        self.totals[delivery.stage] += 1
+    def received(self, delivery: Delivery, task: str) -> None:
+        """A task was claimed; `task` is its name, which is the stage's only where that is Baton's own."""
+        self.totals[task] += 1
         self.clock += 1
-        log.info("task received", task=delivery.stage, request_id=delivery.id, epoch=delivery.epoch, lane=delivery.lane)
+        log.info("task received", task=task, request_id=delivery.id, epoch=delivery.epoch, lane=delivery.lane)
 
-    def settled(self, delivery: Delivery, outcome: Outcome, seconds: float) -> None:
+    def settled(self, delivery: Delivery, task: str, told: Told, seconds: float) -> None:
         """A task's outcome was said to Redis."""
         self.clock += 1
-        message, why = told(outcome)
-        say = log.warning if isinstance(outcome, (Retry, Reject, Fail)) else log.info
-        say(
-            message, task=delivery.stage, request_id=delivery.id, epoch=delivery.epoch, seconds=round(seconds, 4),
-            **({"why": why} if why else {}),
-        )  # fmt: skip
+        fields: dict[str, object] = {"why": told.why} if told.why else {}
+        if told.attempts:
+            fields |= {"attempts": told.attempts, "then": f"`baton dead show {delivery.id}`"}
+        getattr(log, told.level)(
+            told.message, task=task, request_id=delivery.id, epoch=delivery.epoch, seconds=round(seconds, 4), **fields
+        )
 
 
-def told(outcome: Outcome) -> tuple[str, str]:
-    """The message that stands for an outcome, and why it came."""
+def told(outcome: Outcome, answer: Answer, attempts: int) -> Told:
+    """The line for an outcome that Redis took; `attempts`: deliveries before this one that made no progress."""
     match outcome:
         case Done():
-            return "task succeeded", ""
+            return Told("task succeeded")
         case Handover():
-            return "task succeeded", "handed over"
+            return Told("task succeeded", "handed over")
+        case Retry(why) if answer is Answer.DEAD:
+            return Told("task dead-lettered", why, "error", attempts + outcome.counts)
         case Retry(why):
-            return "task retry", why
+            return Told("task retry", why, "warning")
         case Fail(why):
-            return "task raised", why
+            return Told("task raised", why, "warning")
         case Reject(why):
-            return "task rejected", why
+            return Told("task rejected", why, "error", attempts + 1)
         case Dropped(why):
-            return "task revoked" if why in ENDED_ELSEWHERE else "task dropped", why
+            return Told("task dropped", why)
+
+
+def lost(why: str, brief: Brief | None) -> Told:
+    """The line for a task that is not this delivery's any more, for the reason `why`, by how its request stands now."""
+    if brief is None:
+        return Told("task dropped", "its record has expired")
+    match brief.state:
+        case "cancelled" if brief.reason == "revoked":
+            return Told("task revoked")
+        case "cancelled":
+            return Told("task cancelled", brief.reason)
+        case "expired":
+            return Told("task expired", brief.reason)
+        case "done":
+            return Told("task dropped", "lease lost, finished by another worker")
+        case "failed" | "dead":
+            return Told("task dropped", f"ended elsewhere as {brief.state}: {brief.reason}")
+        case _:
+            return Told("task dropped", f"{why or 'lease lost'}: it waits or runs elsewhere")

@@ -213,6 +213,10 @@ class StageCapacity:
         """See `Capacity.total_blocks`."""
         return self._concurrency
 
+    def block_size(self) -> int:
+        """See `Capacity.block_size`: a call has no prompt, and takes one place."""
+        return 1
+
     def describe(self) -> bytes:
         """What runs here, for status."""
         names = [stage.name for stage in self._tasks]

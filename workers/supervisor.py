@@ -141,6 +141,10 @@ class EngineCapacity:
             return info.num_blocks
         return min(info.num_blocks, self._room(self._engine.stats()))
 
+    def block_size(self) -> int:
+        """See `Capacity.block_size`."""
+        return self._engine.info.block_size
+
     def _room(self, stats: EngineStats) -> int:
         """Blocks that fit the room for handles when it is empty."""
         return (stats.handle_bytes + stats.handle_bytes_free) // self._engine.info.block_nbytes

@@ -34,11 +34,14 @@ from pipeline.queue import LANES, Delivery, PoolQueue, Verdict, delivery_key
 from pipeline.waiting import wait_at_most
 from workers.holdings import Held, Holdings, Task
 from workers.limits import TimeLimits, run_within
-from workers.outcome import Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify, packed
+from workers.outcome import Answer, Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify, packed
 from workers.policy import backoff_s, lane_looks
-from workers.reports import Reports
+from workers.reports import Reports, lost, told
 
 log = structlog.get_logger("baton.worker")
+
+HANDED_BACK = {"parked": Answer.TAKEN, "dead": Answer.DEAD}  # what the script answers; all else: it is not ours
+LISTED = 8  # ids in a line of the log
 
 Handler = Callable[[Task], Coroutine[Any, Any, Outcome]]
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
@@ -62,6 +65,10 @@ class Capacity(Protocol):
 
     def total_blocks(self) -> int:
         """Blocks of the largest task that could ever start here."""
+        ...
+
+    def block_size(self) -> int:
+        """Tokens of a block."""
         ...
 
     def describe(self) -> bytes:
@@ -168,6 +175,10 @@ class Worker:
         """Capacity has changed: look at the lanes again."""
         self._bell.set()
 
+    def announce(self) -> None:
+        """Say to Redis at once what this worker says of itself, not with the next renewal."""
+        self._renew_now.set()
+
     async def run(self) -> None:
         """Work until drained."""
         subscription = await self._connection.subscribe(
@@ -195,6 +206,7 @@ class Worker:
             with contextlib.suppress(BatonError):
                 await self.queue.leave(self._stage, self.name)
             await subscription.close()
+        log.info("left", worker=self.name)
 
     async def _work(self) -> None:
         await self._claim_until_drained()
@@ -223,7 +235,8 @@ class Worker:
         try:
             delivery = await self.queue.claim(
                 self._stage, self.name, lane_looks(f"@{self.name}", self._claims, free),
-                total_blocks=self._capacity.total_blocks(), overtake_ms=self._queue_settings.overtake_ms,
+                total_blocks=self._capacity.total_blocks(), block_size=self._capacity.block_size(),
+                overtake_ms=self._queue_settings.overtake_ms,
                 guard_ms=self._queue_settings.guard_ms, held=len(self._holdings), nonce=self._claim_nonce,
             )  # fmt: skip
         except BatonError as error:
@@ -236,13 +249,14 @@ class Worker:
     # -- one delivery ---------------------------------------------------------------------------------------------------
 
     def _start(self, delivery: Delivery) -> None:
-        self.reports.received(delivery)
         name = f"{self._stage} {delivery.id}"
         try:
             held = Held(self._decode(delivery))
         except WireError as error:
+            self.reports.received(delivery, self._stage)
             job = asyncio.create_task(self._reject(delivery, Reject(str(error))), name=name)
         else:
+            self.reports.received(delivery, self._name_of(held.task.request))
             self._holdings.add(held)  # before the next claim, which counts it
             job = held.job = asyncio.create_task(self._deliver(held), name=name)
             job.add_done_callback(lambda _: self._let_go(held))
@@ -252,14 +266,26 @@ class Worker:
         started_s = time.monotonic()
         outcome = packed(await self._run(held), self._queue_settings.max_result_bytes)
         held.is_settling = True
-        await self._settle(held.task.delivery, outcome, self._max_attempts(held))
-        self.reports.settled(held.task.delivery, outcome, time.monotonic() - started_s)
+        answer = await self._settle(held.task.delivery, outcome, self._max_attempts(held))
+        seconds = time.monotonic() - started_s
+        self._let_go(held)  # the rest is only said: it keeps no room
+        await self._report(held.task.delivery, self._name_of(held.task.request), outcome, answer, seconds)
         if self.is_stuck:  # only now: its request has ended, the others are handed back
             self.leave_now()
 
     async def _reject(self, delivery: Delivery, rejected: Reject) -> None:
-        await self._settle(delivery, rejected, max_attempts=0)
-        self.reports.settled(delivery, rejected, 0.0)
+        answer = await self._settle(delivery, rejected, max_attempts=0)
+        await self._report(delivery, self._stage, rejected, answer, 0.0)
+
+    async def _report(self, delivery: Delivery, task: str, outcome: Outcome, answer: Answer, seconds: float) -> None:
+        if answer is Answer.UNSAID:  # that was said
+            return
+        said = told(outcome, answer, delivery.attempts)
+        if answer is Answer.NOT_OURS:
+            with contextlib.suppress(RedisUnavailable):  # then it is not known what became of it
+                (brief,) = await self.queue.standing([delivery.id])
+                said = lost(outcome.why if isinstance(outcome, Dropped) else "", brief)
+        self.reports.settled(delivery, task, said, seconds)
 
     def _let_go(self, held: Held) -> None:
         """Its job is over, also when it was cancelled before its first step."""
@@ -295,7 +321,7 @@ class Worker:
             return Dropped(held.dropped) if held.dropped else classify(error)
         except Exception as error:  # whatever a handler raises becomes an outcome of its task
             if not isinstance(error, BatonError):
-                log.exception("handler raised", request_id=held.id, stage=self._stage)
+                log.exception("task raised unexpected", request_id=held.id, task=name, why=repr(error))
             return classify(error)
 
     def _name_of(self, request: Request) -> str:
@@ -305,42 +331,47 @@ class Worker:
         task = self._tasks.get(self._name_of(held.task.request))
         return task.max_attempts if task else self._settings.max_attempts
 
-    async def _settle(self, delivery: Delivery, outcome: Outcome, max_attempts: int) -> bool:
+    async def _settle(self, delivery: Delivery, outcome: Outcome, max_attempts: int) -> Answer:
         """Say the outcome to Redis; while Redis is away, wait with it: the scripts may be repeated. A worker that has to leave
         gives up and says so: the lease runs out and another one goes on."""
         while True:
             try:
-                await self._say(delivery, outcome, max_attempts)
-                return True
+                return await self._say(delivery, outcome, max_attempts)
             except RedisUnavailable as error:
                 leaves = time.monotonic() >= self._give_up_s
                 then = "its lease runs out" if leaves else "trying again"
                 log.warning("outcome not written", request_id=delivery.id, then=then, error=str(error))
                 if leaves:
-                    return False
+                    return Answer.UNSAID
 
-    async def _say(self, delivery: Delivery, outcome: Outcome, max_attempts: int) -> None:
+    async def _say(self, delivery: Delivery, outcome: Outcome, max_attempts: int) -> Answer:
         match outcome:
             case Done():
-                await self._complete(delivery, outcome)
+                return await self._complete(delivery, outcome)
             case Handover():
-                await self._hand_over(delivery, outcome)
+                return await self._hand_over(delivery, outcome)
             case Retry():
                 await self._resources.cancel(delivery.key)
-                await self.queue.hand_back(
+                state = await self.queue.hand_back(
                     delivery, self.name, counts=outcome.counts, max_attempts=max_attempts, why=outcome.why,
                     delay_s=self._delay_s(delivery, outcome), is_suspect=outcome.is_suspect,
                 )  # fmt: skip
+                return HANDED_BACK.get(state, Answer.NOT_OURS)
             case Reject():
-                await self.queue.hand_back(delivery, self.name, counts=True, max_attempts=0, why=outcome.why)
+                state = await self.queue.hand_back(delivery, self.name, counts=True, max_attempts=0, why=outcome.why)
+                return HANDED_BACK.get(state, Answer.NOT_OURS)
             case Fail():
-                await self.queue.end(delivery.id, "failed", outcome.why, worker=self.name, epoch=delivery.epoch)
+                state, _ = await self.queue.end(
+                    delivery.id, "failed", outcome.why, worker=self.name, epoch=delivery.epoch
+                )
+                return Answer.TAKEN if state == "failed" else Answer.NOT_OURS
             case Dropped():
                 await self._resources.cancel(delivery.key)
+                return Answer.NOT_OURS
             case _:
                 assert_never(outcome)
 
-    async def _complete(self, delivery: Delivery, done: Done) -> None:
+    async def _complete(self, delivery: Delivery, done: Done) -> Answer:
         """The end, unless Redis has lost tokens since they were logged: then somebody goes on where its log ends now."""
         state, _ = await self.queue.end(
             delivery.id, "done", worker=self.name, epoch=delivery.epoch, result=done.result or b""
@@ -351,6 +382,7 @@ class Worker:
             await self.queue.hand_back(
                 delivery, self.name, counts=False, max_attempts=self._settings.max_attempts, why=why
             )
+        return Answer.TAKEN if state == "done" else Answer.NOT_OURS
 
     def _delay_s(self, delivery: Delivery, outcome: Retry) -> float:
         settings = self._settings
@@ -358,16 +390,15 @@ class Worker:
             return outcome.countdown or 0.0
         return backoff_s(delivery.attempts, settings.retry_backoff_s, settings.retry_backoff_max_s, random.random())
 
-    async def _hand_over(self, delivery: Delivery, outcome: Handover) -> None:
+    async def _hand_over(self, delivery: Delivery, outcome: Handover) -> Answer:
         verdict, where = await self.queue.handover(
             delivery, self.name, outcome.outputs, outcome.kv, cached_tokens=outcome.cached_tokens
         )
-        if outcome.kv is None:
-            return
-        if verdict is Verdict.ACCEPTED and where == "decode":
+        if outcome.kv is not None and verdict is Verdict.ACCEPTED and where == "decode":
             self._exported[outcome.kv.id] = delivery.id
-        else:
+        elif outcome.kv is not None:
             await self._resources.release(outcome.kv.id)
+        return Answer.TAKEN if verdict is Verdict.ACCEPTED else Answer.NOT_OURS
 
     # -- leases, notes, sweep ---------------------------------------------------------------------------------------------
 
@@ -445,7 +476,11 @@ class Worker:
             self._bell.clear()
             await wait_at_most(self._bell, 0.2)
         if len(self._holdings):
-            log.warning("handing back what is not finished", worker=self.name, held=len(self._holdings))
+            ids = [held.id for held in self._holdings.all()]
+            log.warning(
+                "handing back what is not finished", worker=self.name, held=len(ids), ids=ids[:LISTED],
+                then="another worker takes it up; no attempt is counted",
+            )  # fmt: skip
         redis_answers = True
         for held in self._holdings.all():
             if held.job is not None:
@@ -456,7 +491,8 @@ class Worker:
                     log.error("handler does not end when it is stopped", request_id=held.id, then="this process ends")
             if redis_answers:
                 outcome = Retry("drained", counts=False)
-                redis_answers = await self._settle(held.task.delivery, outcome, self._max_attempts(held))
+                answer = await self._settle(held.task.delivery, outcome, self._max_attempts(held))
+                redis_answers = answer is not Answer.UNSAID
 
 
 def _report_surprise(job: asyncio.Task[Any]) -> None:

@@ -15,9 +15,10 @@ import typer
 
 import pipeline
 from pipeline.cli.operate import add_operators_commands
-from pipeline.cli.options import ConfigOption, Given, JsonOption, SetOption, given, running_redis
+from pipeline.cli.options import ConfigOption, Given, JsonOption, SetOption, given
 from pipeline.errors import ConfigError
 from pipeline.queue import STAGES
+from pipeline.redis_server import running_redis
 from pipeline.settings_file import nearest
 
 EXIT_CODES = (
@@ -86,6 +87,7 @@ def worker(
     ] = None,
     pool: Annotated[str | None, typer.Option(help="The pool it works for; needed when there are several.")] = None,
     name: Annotated[str | None, typer.Option(help="Its name, unique in the pool; made up if left out.")] = None,
+    engine: Annotated[str | None, typer.Option(help="The engine of its pool: torch, vllm, mock.")] = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -105,6 +107,10 @@ def worker(
         raise ConfigError(f"--pool: which one of {', '.join(pools)}?")
     if pool is not None and pool not in pools:
         raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, pools)}")
+    if engine:
+        of_pool = f"pools.{pool or next(iter(pools))}.engine={engine}"
+        source = given(config, [*(overrides or ()), of_pool], worker__concurrency=concurrency)
+        source.settings()  # says what an engine can be
     _become("workers", [stage, *own], source)
 
 
@@ -206,6 +212,6 @@ def _become(module: str, own: list[str], source: Given) -> None:
     Without a `redis.url` it joins the `baton up` of this folder, as `baton chat` does. Raises RedisUnavailable.
     """
     redis = source.settings().redis
-    joined = [] if redis.url else ["--set", f"redis.url={running_redis(redis)}"]
+    joined = [] if redis.url else ["--set", f"redis.url={running_redis(redis).url}"]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *own, *source.arguments(), *joined])

@@ -14,13 +14,14 @@ from rich.console import Console
 
 from pipeline.cli.exits import NoAnswer
 from pipeline.cli.openai_stream import stream_chat
-from pipeline.cli.options import api_url, base_url, running_redis
+from pipeline.cli.options import api_url, base_url
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError
 from pipeline.ids import pool_of
 from pipeline.keys import PoolKeys
 from pipeline.protocol import Timeline
+from pipeline.redis_server import running_redis
 
 Message = dict[str, str]
 
@@ -112,7 +113,7 @@ async def _timeline(settings: Settings, answer_id: str) -> Timeline | None:
     keys = PoolKeys(pool_of(request_id))
     names = [f"t_{name}" for name in Timeline.__struct_fields__]
     try:
-        connection = Connection(msgspec.structs.replace(settings.redis, url=running_redis(settings.redis)))
+        connection = Connection(running_redis(settings.redis))
         try:
             stamps = await connection.command("HMGET", keys.request(request_id), *names)
         finally:

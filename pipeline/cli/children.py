@@ -101,18 +101,26 @@ class Child:
         return code
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM, then SIGKILL to it and all it started when it has not ended within `grace_s`."""
+        """SIGTERM, then SIGKILL to it and all it started when it has not ended within `grace_s`; its last lines are printed."""
+        if self._process is None:
+            return
         if self.is_running:
             self._signal(signal.SIGTERM)
-            try:
-                async with asyncio.timeout(grace_s):
-                    await asyncio.shield(self.ended())
-            except TimeoutError:
-                self._terminal.line(self.name, f"did not end within {grace_s:g} s: killed")
-                self.kill()
-                await self.ended()
-        if self._lines is not None:
-            self._lines.cancel()
+        try:
+            async with asyncio.timeout(grace_s):
+                await asyncio.shield(self.ended())
+        except TimeoutError:
+            self._terminal.line(self.name, f"did not end within {grace_s:g} s: killed")
+            self.kill()
+            await self.ended()
+        self._let_go(self._process)
+
+    def _let_go(self, process: asyncio.subprocess.Process) -> None:
+        """Close our end of its pipe while the loop runs: a process that outlives it may hold the other one for ever, and what is
+        closed after the loop complains."""
+        assert self._lines is not None
+        self._lines.cancel()
+        process._transport.close()  # type: ignore[attr-defined]  # asyncio has no public way
 
     def kill(self) -> None:
         """SIGKILL to it and all it started."""

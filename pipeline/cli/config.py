@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pipeline.cli.options import Given, running_redis
+from pipeline.cli.options import Given
 from pipeline.config import RouterSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
 from pipeline.keys import PoolKeys
+from pipeline.redis_server import running_redis
 from pipeline.settings_file import Key, Value, known_keys, nearest
 from pipeline.snapshot import set_router, take_snapshot
 
@@ -56,7 +57,7 @@ async def change_router(source: Given, pool: str | None, changes: dict[str, int]
     settings = source.settings()
     if pool is not None and pool not in settings.pools:
         raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, settings.pools)}")
-    connection = Connection(msgspec.structs.replace(settings.redis, url=running_redis(settings.redis)))
+    connection = Connection(running_redis(settings.redis))
     try:
         names = [pool] if pool else list(settings.pools)
         routers = {name: await _change(connection, name, settings.router, changes) for name in names}

@@ -9,8 +9,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from pipeline.config import ApiSettings, RedisSettings, Settings
-from pipeline.errors import RedisUnavailable
+from pipeline.config import ApiSettings, Settings
 from pipeline.settings_file import ENV_FILE, Value, collect_values, load_settings, settings_path
 
 ConfigOption = Annotated[
@@ -59,15 +58,3 @@ def api_url(settings: ApiSettings) -> str:
     """Where the API is reached from this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
-
-
-def running_redis(settings: RedisSettings) -> str:
-    """Where Redis is: the one of the settings, else the private one of a running `baton up` in this folder."""
-    if settings.url:
-        return settings.url
-    socket_path = (Path(settings.run_dir) / "redis.sock").absolute()
-    if not socket_path.exists():
-        raise RedisUnavailable(
-            f"no Redis: redis.url is empty and {socket_path} is not there; start `baton up` here or set BATON_REDIS_URL"
-        )
-    return f"unix://{socket_path}"

@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-import msgspec
-
-from pipeline.cli.options import Given, running_redis
+from pipeline.cli.options import Given
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
+from pipeline.redis_server import running_redis
 from pipeline.settings_file import nearest
 
 
@@ -29,7 +28,7 @@ async def connected(source: Given, pool: str | None) -> AsyncIterator[Place]:
     settings = source.settings()
     if pool is not None and pool not in settings.pools:
         raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, settings.pools)}")
-    connection = Connection(msgspec.structs.replace(settings.redis, url=running_redis(settings.redis)))
+    connection = Connection(running_redis(settings.redis))
     try:
         yield Place(settings, connection, [pool] if pool else list(settings.pools))
     finally:

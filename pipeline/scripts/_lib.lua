@@ -48,7 +48,7 @@ local function last_delivered(lane_key)
   return '0-0'
 end
 
--- Adds a task at the tail of a lane and makes it the request's current one.
+-- Adds a task at the tail of a lane and makes it the request's current one. `blocks` is read by workers before 0.1.0 only.
 local function enqueue(id, stage, lane, tokens, blocks, version)
   -- a worker's own lane lives only as long as the worker is known: sweeps would never visit it afterwards
   if string.sub(lane, 1, 1) == '@' and not redis.call('ZSCORE', key_alive(stage), string.sub(lane, 2)) then
@@ -233,9 +233,10 @@ local function entry_of(lane_stage, lane, entry, fields)
   local e = {}
   for i = 1, #fields, 2 do e[fields[i]] = fields[i + 1] end
   if not e.id then return nil end
-  local h = redis.call('HMGET', key_req(e.id), 'state', 'stage', 'lane', 'entry', 'deadline', 'priority', 'suspect')
+  local h = redis.call('HMGET', key_req(e.id), 'state', 'stage', 'lane', 'entry', 'deadline', 'priority', 'suspect',
+    'n')
   if h[1] == 'queued' and h[2] == lane_stage and h[3] == lane and h[4] == entry then
-    e.deadline, e.priority, e.is_suspect = tonumber(h[5]), h[6], h[7] == '1'
+    e.deadline, e.priority, e.is_suspect, e.n = tonumber(h[5]), h[6], h[7] == '1', tonumber(h[8])
     return e
   end
   return nil

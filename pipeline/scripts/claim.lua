@@ -2,14 +2,14 @@
 -- ended or moved on are deleted on the way; what does not fit is parked for others, and once it has waited for `overtake ms`
 -- nothing overtakes it on this worker any more. A suspect (its last delivery ended in a dead engine) is for an idle worker only.
 -- KEYS: root
--- ARGV: stage, worker, nonce of this claim, tasks that it holds, total blocks, newest wire version, overtake ms, guard ms,
---       then for each look at a lane: lane, free blocks for it, 'aged' (only what has waited for `guard ms`) or ''
+-- ARGV: stage, worker, nonce of this claim, tasks that it holds, total blocks, tokens of a block, newest wire version, overtake ms,
+--       guard ms, then for each look at a lane: lane, free blocks for it, 'aged' (only what has waited for `guard ms`) or ''
 -- Answers: {} | {id, epoch, body, stage, lane, handle, attempts, deadline ms, api, prompt tokens, suspect ('1' or ''),
 --          (log, finish reason) of each choice ...}
 -- Called twice: one nonce gives the same task again while it is still this worker's at that epoch, else {}.
 local stage, worker, nonce = ARGV[1], ARGV[2], ARGV[3]
-local held, total, newest = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local overtake_ms, guard_ms = tonumber(ARGV[7]), tonumber(ARGV[8])
+local held, total, block_size, newest = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local overtake_ms, guard_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
 local PASSED = 16 -- tasks of a lane that may be passed over because they do not fit now
 local LOOKED_AT = 256 -- parked, and as many new, entries of a lane that are looked at; the next claim goes on behind them
 
@@ -46,6 +46,11 @@ local function take(id, lane, tokens)
   return describe(id)
 end
 
+-- Blocks of this worker that a task needs to start: its prompt's, and room for the next token of each choice.
+local function needed(e)
+  return math.ceil(tonumber(e.tokens) / block_size) + e.n
+end
+
 -- 'gone', 'late', 'take', 'never' (not on this worker), 'pass' (leave it for others), 'hold' (and let nothing overtake it here) or
 -- 'young' (not aged enough for this look, so nothing behind it is)
 local function judge(e, entry, look)
@@ -53,11 +58,11 @@ local function judge(e, entry, look)
   if e.deadline <= now_ms then return 'late' end
   local waited_ms = now_ms - tonumber(string.match(entry, '^%d+'))
   if look.is_aged and waited_ms < guard_ms then return 'young' end
-  if tonumber(e.v) > newest or tonumber(e.blocks) > total then return 'never' end
+  if tonumber(e.v) > newest or needed(e) > total then return 'never' end
   if e.is_suspect and held > 0 then -- an idle worker takes it; only after a while this one becomes idle for it
     return waited_ms > overtake_ms + guard_ms and not look.is_aged and 'hold' or 'never'
   end
-  if tonumber(e.blocks) <= look.free then return 'take' end
+  if needed(e) <= look.free then return 'take' end
   if waited_ms > overtake_ms and not look.is_aged then return 'hold' end
   return 'pass'
 end
@@ -137,7 +142,7 @@ local function look_at_new(look)
   end
 end
 
-for i = 9, #ARGV, 3 do
+for i = 10, #ARGV, 3 do
   local look = {lane = ARGV[i], lane_key = key_lane(stage, ARGV[i]), free = tonumber(ARGV[i + 1]), is_aged = ARGV[i + 2] == 'aged', passed = 0}
   if redis.call('XLEN', look.lane_key) > 0 then
     last_delivered(look.lane_key) -- makes the group where it is missing

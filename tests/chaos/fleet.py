@@ -30,6 +30,7 @@ from tests.chaos.server import Server
 from tests.e2e.processes import children
 from tests.proxy import RedisProxy, Trap
 from tests.system import POOL, System, free_port
+from tests.with_vllm.settings import VLLM
 
 LEASE_S = 2.0
 SETTINGS = (
@@ -43,6 +44,7 @@ ENGINES = {
         "engine.mock.max_num_seqs=12",  # so that tasks wait for decode, and handles with them
     ),
     "torch": (f"pools.{POOL}.engine=torch", "worker.stall_s=6", "engine.torch.max_num_seqs=12"),
+    "vllm": (*VLLM, "worker.stall_s=20", "engine.vllm.max_num_seqs=12"),
 }  # fmt: skip
 PLACES = (("prefill", 2), ("decode", 2), ("api", 2))
 LOOK_S = 0.05
@@ -132,9 +134,8 @@ class Fleet:
     async def client(self) -> AsyncIterator[PoolClient]:
         """A client of the pool in this process, behind the driver's proxy."""
         settings = self.system.settings
-        blocks = settings.engine.mock if self.engine == "mock" else settings.engine.torch
         async with PoolClient(
-            self.connection, POOL, f"driver-{secrets.token_hex(3)}", block_size=blocks.block_size, queue=settings.queue,
+            self.connection, POOL, f"driver-{secrets.token_hex(3)}", queue=settings.queue,
             router=settings.router, worker=settings.worker, silence_s=settings.api.silence_s, buffer_items=64,
         ) as client:  # fmt: skip
             yield client

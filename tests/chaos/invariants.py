@@ -69,6 +69,13 @@ def was_cut_off(moment_s: float, fleet: Fleet) -> bool:
     return any(0 < cut_s - moment_s < LOST_AND_BACK_S for cut_s in fleet.redis.power_cuts_s)
 
 
+def lost_its_end(record: Record, fleet: Fleet) -> bool:
+    """Whether a power cut took the end of a request that its client saw; a slow reader sees it long after it was."""
+    if record.how != "slow":
+        return was_cut_off(record.ended_s, fleet)
+    return any(record.began_s < cut_s < record.ended_s + LOST_AND_BACK_S for cut_s in fleet.redis.power_cuts_s)
+
+
 def judge_outcome(record: Record, fleet: Fleet, findings: Findings) -> None:
     """As its client saw it."""
     name = record.id or f"(no id, {record.how} of shape {record.shape.number})"
@@ -100,7 +107,7 @@ async def judge_log(
     expected = record.shape.tokens
     if standing.state not in ENDED_STATES:
         findings.add("hung", f"{record.id}: still {standing.state} in {standing.stage}")
-    elif standing.state == "cancelled" and record.outcome == DONE and was_cut_off(record.ended_s, fleet):
+    elif standing.state == "cancelled" and record.outcome == DONE and lost_its_end(record, fleet):
         findings.allowed[ENDED_ANEW] += 1
     elif standing.state != "done" and record.outcome == DONE:
         findings.add(

@@ -168,28 +168,30 @@ async def _leave_for_a_while(fleet: Fleet) -> None:
 async def _lose_a_log(fleet: Fleet) -> None:
     """A request whose record and log are gone, as after a fail-over: who serves it brings both back."""
     item = request(20, max_tokens=30)
-    admission = Admission(item, "prefill", "default", 4, "driver")
+    admission = Admission(item, "prefill", "default", "driver")
     await fleet.queue.restore(admission, LIMITS, Log(tokens=[[]], finished=[None]))
 
 
 async def _ask_how_it_stands(fleet: Fleet) -> None:
     """Who waits for the result of a request that nobody streams."""
     item = request(20, max_tokens=3)
-    await fleet.queue.admit(Admission(item, "prefill", "default", 4, "", notify="driver"), LIMITS)
+    await fleet.queue.admit(Admission(item, "prefill", "default", "", notify="driver"), LIMITS)
     await fleet.queue.standing([item.id], with_results=True)
 
 
 async def _purge(fleet: Fleet) -> None:
     """A request that would wait for an hour."""
-    await fleet.queue.admit(Admission(request(20), "decode", "low", 4, "driver", priority="low", delay_s=3600), LIMITS)
+    await fleet.queue.admit(Admission(request(20), "decode", "low", "driver", priority="low", delay_s=3600), LIMITS)
     await fleet.queue.purge("decode", "low", cursor="-", last="+", nonce=uuid.uuid4().hex)
 
 
 async def _bury_and_drop(fleet: Fleet) -> None:
     """A request that no engine can serve fails; one that has died is forgotten by hand."""
     item = request(20)
-    await fleet.queue.admit(Admission(item, "bury", "default", 4, "driver"), LIMITS)
-    delivery = await fleet.queue.claim("bury", "driver", [LaneLook("default", 9)], total_blocks=9, overtake_ms=0)
+    await fleet.queue.admit(Admission(item, "bury", "default", "driver"), LIMITS)
+    delivery = await fleet.queue.claim(
+        "bury", "driver", [LaneLook("default", 9)], total_blocks=9, block_size=16, overtake_ms=0
+    )
     if delivery is not None:
         await fleet.queue.hand_back(delivery, "driver", counts=True, max_attempts=0, why="chaos")
         await fleet.queue.drop(item.id, "0-0")

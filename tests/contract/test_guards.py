@@ -29,7 +29,7 @@ from pipeline.queue import Admission, Delivery, LaneLook, Limits, PoolQueue, Res
 from tests.system import request
 
 POOL, API = "p", "api-1"
-LIMITS = Limits(max_waiting_tasks=999, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)
+LIMITS = Limits(max_waiting_tasks=999, max_waiting_tokens=999_999, deadline_s=60, result_ttl_s=60)
 
 
 # Gives every delayed entry to the consumer of parked ones, as if it had been idle for long.
@@ -49,14 +49,14 @@ class Pool:
         self.keys = self.queue.keys
 
     async def admit(self, stage: str, blocks: int = 2, lane: str = "default", **fields: Any) -> str:
-        item = request(3)
-        return await self.queue.admit(Admission(item, stage, lane, blocks, API, priority=lane, **fields), LIMITS)
+        item = request(16 * (blocks - 2) + 3)
+        return await self.queue.admit(Admission(item, stage, lane, API, priority=lane, **fields), LIMITS)
 
     async def claim(
         self, stage: str, worker: str, *looks: LaneLook, overtake_ms: int = 1000, held: int = 0, guard_ms: int = 0
     ) -> Delivery | None:  # fmt: skip
         return await self.queue.claim(
-            stage, worker, looks or [LaneLook("default", 9)], total_blocks=99, overtake_ms=overtake_ms, held=held,
+            stage, worker, looks or [LaneLook("default", 9)], total_blocks=99, block_size=16, overtake_ms=overtake_ms, held=held,
             guard_ms=guard_ms,
         )  # fmt: skip
 
@@ -338,7 +338,7 @@ async def test_a_step_of_another_worker_is_fenced_even_at_the_same_epoch(pool: P
 
 async def test_a_request_that_redis_lost_is_brought_back_with_what_was_sent(pool: Pool) -> None:
     item = request(3)
-    admission = Admission(item, "decode", "default", 2, API, linger_s=0.0)
+    admission = Admission(item, "decode", "default", API, linger_s=0.0)
     await pool.queue.admit(admission, LIMITS)
     before = await pool.claim("decode", "w")
     assert before is not None
@@ -357,7 +357,7 @@ async def test_a_request_that_redis_lost_is_brought_back_with_what_was_sent(pool
 async def test_the_lost_end_of_a_log_is_put_back_and_its_worker_fenced(pool: Pool) -> None:
     delivery = await pool.claimed("decode")
     await pool.queue.step("w", [StepItem(delivery.id, API, delivery.epoch, LLMEngineOutput(delivery.id, 0, 0, [5]))])
-    admission = Admission(request_named(delivery.id), "decode", "default", 2, API)
+    admission = Admission(request_named(delivery.id), "decode", "default", API)
     assert await pool.queue.restore(admission, LIMITS, Log(tokens=[[9, 6]], finished=[None])) == Restored("diverged", 0)
     assert await pool.queue.restore(admission, LIMITS, Log(tokens=[[5, 6]], finished=[None])) == Restored("ok")
     assert await pool.queue.renew("decode", "w", b"", 30, [(delivery.id, delivery.epoch)]) == [False]
@@ -369,7 +369,7 @@ async def test_the_lost_end_of_a_log_is_put_back_and_its_worker_fenced(pool: Poo
 async def test_a_whole_answer_that_redis_lost_ends_as_done(pool: Pool) -> None:
     item = request(3)
     sent = Log(tokens=[[5, 6]], finished=[FinishReason.LENGTH])
-    await pool.queue.restore(Admission(item, "decode", "default", 2, API), LIMITS, sent)
+    await pool.queue.restore(Admission(item, "decode", "default", API), LIMITS, sent)
     assert await pool.state(item.id) == "done"
 
 
@@ -399,7 +399,7 @@ def request_named(request_id: str) -> Request:
 async def test_ten_thousand_tasks_wait_behind_one_that_runs_for_an_hour(pool: Pool) -> None:
     pinned = await pool.claimed("decode")
     many = Limits(max_waiting_tasks=20_000, max_waiting_tokens=10**9, deadline_s=7200, result_ttl_s=60)
-    waiting = [Admission(request(3), "decode", "default", 2, API) for _ in range(10_000)]
+    waiting = [Admission(request(3), "decode", "default", API) for _ in range(10_000)]
     for start in range(0, len(waiting), 500):
         await asyncio.gather(*(pool.queue.admit(one, many) for one in waiting[start : start + 500]))
     for _ in range(3):
@@ -418,7 +418,7 @@ async def test_ten_thousand_tasks_wait_behind_one_that_runs_for_an_hour(pool: Po
 
 async def test_who_is_notified_hears_the_end_and_no_tokens(pool: Pool) -> None:
     item = request(3)
-    admission = Admission(item, "decode", "default", 2, "", notify="client-1")
+    admission = Admission(item, "decode", "default", "", notify="client-1")
     await pool.queue.admit(admission, LIMITS)
     delivery = await pool.claim("decode", "w")
     assert delivery is not None
@@ -443,7 +443,7 @@ async def test_who_is_notified_hears_the_end_and_no_tokens(pool: Pool) -> None:
 async def test_a_request_without_tokens_is_counted_in_and_out(pool: Pool) -> None:
     """Its change of the counter must not be -0, which Redis does not take for a number."""
     item = Request(id="p-1", kind="task", created_s=0, input=no_input("p-1", POOL), task=TaskCall(name="t"))
-    await pool.queue.admit(Admission(item, "words", "default", 1, ""), LIMITS)
+    await pool.queue.admit(Admission(item, "words", "default", ""), LIMITS)
     assert await pool.claim("words", "w") is not None
     assert await pool.connection.command("HGET", pool.keys.counters(), "tokens:words:default") == b"0"
 

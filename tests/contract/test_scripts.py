@@ -38,7 +38,7 @@ REQUEST = Request(
         sampling_options=SamplingOptions(n=2),
     ),
 )  # fmt: skip
-ADMISSION = Admission(REQUEST, "prefill", "default", 2, API, linger_s=0.0)
+ADMISSION = Admission(REQUEST, "prefill", "default", API, linger_s=0.0)
 HANDLE = KVHandle(
     id="handle-1", request_id=ID, owner=PREFILLER, transfer="shm", layout="x", num_tokens=3, num_blocks=1, nbytes=8
 )
@@ -61,6 +61,7 @@ class Story:
             worker,
             [LaneLook(lane, 9) for lane in (f"@{worker}", "high", "default", "low")],
             total_blocks=9,
+            block_size=16,
             overtake_ms=1000,
             nonce=nonce,
         )

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from pipeline.control import ControlClient
 from pipeline.redis_server import RedisServer
 from tests.serving import STREAM, Served, events_of, serving
 from tests.system import POOL
@@ -254,6 +255,21 @@ async def test_a_pool_is_listed_and_ready_without_workers_and_health_says_so(
         await served.system.worker("decode")
         await served.system.until(lambda: has_status(http, "/health", 200), 10)
         assert (await http.get("/health")).json()["status"] == "degraded"
+
+
+async def test_health_tells_at_once_that_all_workers_of_a_stage_are_paused(server: RedisServer, tmp_path: Path) -> None:
+    async with serving(server, tmp_path, "worker.lease_s=60") as served, served.http() as http:
+        (prefill,) = await served.system.alive("prefill")
+        control = ControlClient(served.system.connection, POOL)
+        await served.system.until(lambda: has_status(http, "/health", 200), 10)
+        await control.ask("pause", to=[prefill], timeout_s=20)
+        await served.system.until(lambda: has_status(http, "/health", 503), 10)  # a renewal comes after 15 s
+        (pool,) = (await http.get("/health")).json()["pools"].values()
+        assert pool["problems"] == [
+            "all prefill workers are paused: requests wait until one resumes, or for their deadline"
+        ]
+        await control.ask("resume", to=[prefill], timeout_s=20)
+        await served.system.until(lambda: has_status(http, "/health", 200), 10)
 
 
 async def test_metrics_tell_requests_stages_and_pools(server: RedisServer, tmp_path: Path) -> None:

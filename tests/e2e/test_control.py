@@ -103,7 +103,7 @@ async def test_a_paused_worker_claims_nothing_until_it_resumes(default_redis_url
         assert (await stats_of(system, "decode"))["state"] == "paused"
         own = request(30)
         queue = PoolQueue(system.connection, POOL)
-        await queue.admit(Admission(own, "decode", f"@{name}", 3, ""), LIMITS)
+        await queue.admit(Admission(own, "decode", f"@{name}", ""), LIMITS)
         item = request(30)
         stream = await client.submit(item)
         await asyncio.sleep(1.0)  # two of its looks at the lanes: nothing is to happen

@@ -19,7 +19,7 @@ from tests.system import POOL, System, collect, request
 pytestmark = pytest.mark.faults
 
 LIMITS = Limits(max_waiting_tasks=9, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)
-MANY = Limits(max_waiting_tasks=99, max_waiting_tokens=9000, deadline_s=60, result_ttl_s=60)
+MANY = Limits(max_waiting_tasks=99, max_waiting_tokens=99_999, deadline_s=60, result_ttl_s=60)
 
 
 async def figure(system: System, role: str, name: str) -> int:
@@ -91,11 +91,13 @@ async def test_what_waits_is_claimed_and_read_while_memory_is_full(redis_url: st
     connection = Connection(RedisSettings(url=redis_url, timeout_s=1))
     queue = PoolQueue(connection, POOL)
     item = request(30)
-    await queue.admit(Admission(item, "decode", "default", 2, "a"), LIMITS)
+    await queue.admit(Admission(item, "decode", "default", "a"), LIMITS)
     await connection.command("CONFIG", "SET", "maxmemory", "1mb")
     try:
         assert await queue.attach(item.id, watch=True) is not None
-        delivery = await queue.claim("decode", "d", [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
+        delivery = await queue.claim(
+            "decode", "d", [LaneLook("default", 9)], total_blocks=9, block_size=16, overtake_ms=1000
+        )
         assert delivery is not None
         assert await queue.fetched(delivery, "d") is Verdict.ACCEPTED
     finally:
@@ -109,12 +111,12 @@ async def test_what_waits_on_the_lane_of_a_worker_that_leaves_goes_to_others(red
     for name in ("d1", "d2"):
         await queue.renew("decode", name, b"", 30)
     item = request(30)
-    await queue.admit(Admission(item, "decode", "@d1", 2, "a"), LIMITS)
+    await queue.admit(Admission(item, "decode", "@d1", "a"), LIMITS)
     await queue.leave("decode", "d1")
     await queue.leave("decode", "d1")
     await queue.sweep("d2", interval_s=0.001, lease_s=30, max_attempts=3)
     delivery = await queue.claim(
-        "decode", "d2", [LaneLook("@d2", 9), LaneLook("default", 9)], total_blocks=9, overtake_ms=1000
+        "decode", "d2", [LaneLook("@d2", 9), LaneLook("default", 9)], total_blocks=9, block_size=16, overtake_ms=1000
     )
     assert delivery is not None
     assert delivery.id == item.id
@@ -163,17 +165,19 @@ async def test_tasks_that_never_fit_a_worker_hold_nobody_up(redis_url: str) -> N
     connection = Connection(RedisSettings(url=redis_url))
     queue = PoolQueue(connection, POOL)
     for blocks in (100,) * 40 + (5,):
-        item = request(3)
-        await queue.admit(Admission(item, "decode", "default", blocks, "a"), MANY)
-    small = await queue.claim("decode", "d1", [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
+        item = request(16 * (blocks - 2) + 3)
+        await queue.admit(Admission(item, "decode", "default", "a"), MANY)
+    small = await queue.claim("decode", "d1", [LaneLook("default", 9)], total_blocks=9, block_size=16, overtake_ms=1000)
     assert small is not None
     assert small.id == item.id
     assert await queue.hand_back(small, "d1", counts=False, max_attempts=3, why="test") == "parked"
-    again = await queue.claim("decode", "d1", [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
+    again = await queue.claim("decode", "d1", [LaneLook("default", 9)], total_blocks=9, block_size=16, overtake_ms=1000)
     assert again is not None
     assert again.id == item.id
     for _ in range(40):  # and a larger worker finds every one of them
-        large = await queue.claim("decode", "d2", [LaneLook("default", 100)], total_blocks=100, overtake_ms=1000)
+        large = await queue.claim(
+            "decode", "d2", [LaneLook("default", 100)], total_blocks=100, block_size=16, overtake_ms=1000
+        )
         assert large is not None
     await connection.close()
 

@@ -131,7 +131,7 @@ async def test_an_unknown_request_is_told_as_unknown(redis_url: str) -> None:
     connection = Connection(RedisSettings(url=redis_url))
     queue = PoolQueue(connection, POOL)
     item = request(30, n=2)
-    await queue.admit(Admission(item, "decode", "low", 3, "", priority="low"), LIMITS)
+    await queue.admit(Admission(item, "decode", "low", "", priority="low"), LIMITS)
     stranger = request(1).id
     for words in (("control", "revoke"), ("inspect", "query_task")):
         result = await baton(redis_url, *words, stranger, "nonsense")
@@ -153,9 +153,11 @@ async def test_purge_ends_what_waits_on_the_chosen_lanes(redis_url: str) -> None
     items = {lane: [request(3) for _ in range(count)] for lane, count in (("default", 450), ("low", 2))}
     for lane, requests in items.items():
         for item in requests:
-            await queue.admit(Admission(item, "decode", lane, 2, ""), LIMITS)
-    running = await queue.claim("decode", "d", [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
-    parked = await queue.claim("decode", "d", [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
+            await queue.admit(Admission(item, "decode", lane, ""), LIMITS)
+    running = await queue.claim(
+        "decode", "d", [LaneLook("default", 9)], total_blocks=9, block_size=16, overtake_ms=1000
+    )
+    parked = await queue.claim("decode", "d", [LaneLook("default", 9)], total_blocks=9, block_size=16, overtake_ms=1000)
     assert running is not None
     assert parked is not None
     await queue.hand_back(parked, "d", counts=False, max_attempts=3, why="test")
@@ -235,9 +237,11 @@ async def test_a_dead_letter_that_cannot_be_read_can_only_be_dropped(redis_url: 
     ids = []
     for _ in range(2):
         item = request(30)
-        await queue.admit(Admission(item, "decode", "default", 3, ""), LIMITS)
+        await queue.admit(Admission(item, "decode", "default", ""), LIMITS)
         await connection.command("HSET", queue.keys.request(item.id), "body", b"\xc1not a request")
-        delivery = await queue.claim("decode", "d", [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
+        delivery = await queue.claim(
+            "decode", "d", [LaneLook("default", 9)], total_blocks=9, block_size=16, overtake_ms=1000
+        )
         assert delivery is not None
         assert await queue.hand_back(delivery, "d", counts=True, max_attempts=0, why="not readable") == "dead"
         ids.append(item.id)
@@ -262,8 +266,10 @@ async def test_a_replay_respects_the_limits_of_the_queue(redis_url: str) -> None
     connection = Connection(RedisSettings(url=redis_url))
     queue = PoolQueue(connection, POOL)
     item = request(30)
-    await queue.admit(Admission(item, "decode", "default", 3, ""), LIMITS)
-    delivery = await queue.claim("decode", "d", [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
+    await queue.admit(Admission(item, "decode", "default", ""), LIMITS)
+    delivery = await queue.claim(
+        "decode", "d", [LaneLook("default", 9)], total_blocks=9, block_size=16, overtake_ms=1000
+    )
     assert delivery is not None
     await queue.hand_back(delivery, "d", counts=True, max_attempts=0, why="test")
     full = await baton(redis_url, "dead", "replay", item.id, "--set", "queue.max_waiting_tokens=10")
@@ -291,7 +297,7 @@ async def test_events_tell_the_life_of_requests_and_workers(default_redis_url: s
                 item = request(30)
                 assert (await collect(await client.submit(item)))[1].state == "done"
                 bad = request(30)
-                await client.queue.admit(Admission(bad, "prefill", "@nobody", 3, ""), LIMITS)
+                await client.queue.admit(Admission(bad, "prefill", "@nobody", ""), LIMITS)
                 await client.queue.cancel(bad.id, "revoked")
             prefill.terminate()
             await system.until(lambda: "prefill" in output.read_text().partition("worker-offline")[2], 20)

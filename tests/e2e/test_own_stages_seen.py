@@ -43,7 +43,7 @@ def call(name: str) -> Request:
 
 
 async def admit(queue: PoolQueue, name: str = "hold", delay_s: float = 0.0) -> str:
-    return await queue.admit(Admission(call(name), QUEUE, "default", 1, "", delay_s=delay_s), LIMITS)
+    return await queue.admit(Admission(call(name), QUEUE, "default", "", delay_s=delay_s), LIMITS)
 
 
 @contextlib.asynccontextmanager
@@ -159,11 +159,11 @@ async def test_a_dead_task_of_ones_own_is_replayed_on_its_own_queue(redis_url: s
     connection = Connection(RedisSettings(url=redis_url))
     queue = PoolQueue(connection, POOL)
     dead = await admit(queue)
-    delivery = await queue.claim(QUEUE, NAME, [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
+    delivery = await queue.claim(QUEUE, NAME, [LaneLook("default", 9)], total_blocks=9, block_size=16, overtake_ms=1000)
     assert delivery is not None
     await queue.hand_back(delivery, NAME, counts=True, max_attempts=0, why="unknown task")
     (replayed,) = (await told(redis_url, "dead", "replay", dead)).values()
-    again = await queue.claim(QUEUE, NAME, [LaneLook("default", 9)], total_blocks=9, overtake_ms=1000)
+    again = await queue.claim(QUEUE, NAME, [LaneLook("default", 9)], total_blocks=9, block_size=16, overtake_ms=1000)
     assert again is not None
     assert again.id == replayed["replayed_as"]
     assert msgspec.msgpack.decode(again.body, type=Request).task == call("hold").task

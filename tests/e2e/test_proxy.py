@@ -29,7 +29,7 @@ async def through_proxy(redis_url: str, folder: Path) -> AsyncIterator[tuple[Red
 
 async def admit(queue: PoolQueue) -> str:
     item = request(3)
-    await queue.admit(Admission(item, "decode", "default", 1, "a"), LIMITS)
+    await queue.admit(Admission(item, "decode", "default", "a"), LIMITS)
     return item.id
 
 

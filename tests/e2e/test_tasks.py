@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import re
 import signal
 import subprocess
 import time
@@ -60,6 +61,15 @@ class Words:
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
+
+    @property
+    def log(self) -> str:
+        """What the workers wrote."""
+        return "".join(path.read_text() for path in sorted(self.folder.glob("workers-words-*.log")))
+
+    async def wrote(self, line: str) -> None:
+        """Waits for a line of a worker."""
+        await self.system.until(lambda: line in self.log, LIMIT_S)
 
     async def noted(self, path: str, lines: int) -> list[str]:
         await self.system.until(lambda: count(path) >= lines, LIMIT_S)
@@ -150,6 +160,24 @@ async def test_a_revoked_task_is_stopped_wherever_it_is(words: Words) -> None:
     with pytest.raises(RequestCancelled, match=f"{running.id}: changed my mind"):
         await running.get(timeout=LIMIT_S)
     assert await (await words.call("embed", "a")).get(timeout=LIMIT_S)
+    await words.wrote(f"Task wait_for[{running.id}] cancelled: changed my mind")
+    plain = await words.call("wait_for", path, words.path("never"))
+    await words.reaches(plain, STARTED)
+    await plain.revoke()
+    await words.wrote(f"Task wait_for[{plain.id}] revoked")
+
+
+@pytest.mark.parametrize("task", ["wait_for", "wait_within"])
+async def test_the_stacks_of_a_worker_lead_to_the_line_where_a_task_waits(words: Words, task: str) -> None:
+    worker = await words.worker()
+    path = words.path("ran")
+    result = await words.call(task, path, words.path("never"))
+    await words.noted(path, 1)
+    worker.send_signal(signal.SIGUSR1)
+    await words.wrote("await asyncio.sleep(0.02)")
+    (stack,) = [part for part in words.log.split("Stack for ") if "await asyncio.sleep(0.02)" in part]
+    assert re.search(r'File ".*/tests/example_stage\.py", line \d+, in wait_for\n', stack)
+    await result.revoke()
 
 
 async def test_a_retry_waits_for_its_countdown(words: Words) -> None:
@@ -175,6 +203,20 @@ async def test_what_a_task_raises_is_tried_again_and_then_given_up(words: Words)
     assert count(path) == 2
     with pytest.raises(RequestFailed, match="will not do this"):
         await (await words.call("refuse")).get(timeout=LIMIT_S)
+
+
+async def test_a_worker_names_the_task_and_says_that_its_last_attempt_was_the_last(words: Words) -> None:
+    await words.worker()
+    result = await words.call("broken", words.path("broken"))
+    with pytest.raises(RequestFailed):
+        await result.get(timeout=LIMIT_S)
+    why = "KeyError: 'no such word'"
+    await words.wrote(f"Task broken[{result.id}] dead-lettered after 2 attempts: {why}; `baton dead show {result.id}`")
+    assert words.log.count(f"Task broken[{result.id}] received") == 2
+    assert words.log.count(f"Task broken[{result.id}] raised unexpected: KeyError('no such word')") == 2
+    assert words.log.count(f"Task broken[{result.id}] retry: {why}") == 1
+    strange = await words.call("no_such")
+    await words.wrote(f"Task no_such[{strange.id}] rejected after 1 attempt: unknown task 'no_such'")
 
 
 async def test_a_result_that_cannot_be_stored_fails_clearly(default_redis_url: str, tmp_path: Path) -> None:
@@ -240,6 +282,7 @@ async def test_countdown_and_expires(words: Words) -> None:
     running = await words.call("wait_for", words.path("w"), words.path("never"), expires=1.5)
     with pytest.raises(DeadlineExceeded, match="deadline passed in words"):
         await running.get(timeout=LIMIT_S)
+    await words.wrote(f"Task wait_for[{running.id}] expired: deadline passed in words")
 
 
 async def test_an_idempotency_key_runs_once(words: Words) -> None:
@@ -306,6 +349,11 @@ async def test_a_worker_that_is_asked_to_leave_hands_back_what_it_holds(words: W
     assert await asyncio.to_thread(worker.wait, LIMIT_S) == 0
     assert (await words.noted(path, 2))[1] == "cancelled"
     assert await result.state() == PENDING
+    *_, handed_back, left = words.log.splitlines()
+    assert "handing back what is not finished" in handed_back
+    assert result.id in handed_back
+    assert "another worker takes it up; no attempt is counted" in handed_back
+    assert " left." in left
     Path(go).touch()
     await words.worker()
     assert await result.get(timeout=LIMIT_S)

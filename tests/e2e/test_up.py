@@ -270,6 +270,7 @@ async def test_a_second_ctrl_c_kills(settings):
         await running.says("stopping: streams may finish")
         running.process.send_signal(signal.SIGINT)
         assert await running.ended() == 130
+        assert running.output.rstrip().endswith("stopped")
         assert left_over(family) == []
 
 

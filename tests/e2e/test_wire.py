@@ -21,7 +21,7 @@ async def admit_raw(
     queue: PoolQueue, item: Request, body: bytes, version: int = WIRE_VERSION, stage: str = "prefill", delay_s: float = 0.0
 ) -> None:  # fmt: skip
     """Admit `item` with other bytes as its stored body."""
-    admission = Admission(item, stage, "default", 2, "fuzz", linger_s=0.0, delay_s=delay_s)
+    admission = Admission(item, stage, "default", "fuzz", linger_s=0.0, delay_s=delay_s)
     arguments = list(queue._stored(admission, LIMITS))
     arguments[3], arguments[7] = body, version
     await queue._call("admit", *arguments, LIMITS.max_waiting_tasks, LIMITS.max_waiting_tokens)

@@ -118,6 +118,12 @@ def test_errors_are_one_line_with_their_exit_code():
         ),
         (["worker", "decode", "--set", "redis.run_dir=none"], {}, 4, "baton: no Redis: redis.url is empty and "),
         (["worker", "decode", "--set", "pools.b.engine=mock"], {}, 2, "baton: --pool: which one of baton-tiny, b?\n"),
+        (
+            ["worker", "decode", "--engine", "vlm"],
+            {},
+            2,
+            "baton: --set: pools.baton-tiny.engine: expected one of torch, ",
+        ),
         (["api", "--set", "api.prot=1"], {}, 2, "baton: --set: unknown key api.prot; did you mean api.port?\n"),
         (["config", "set-router"], {"BATON_REDIS_URL": "localhost:6379"}, 2, "baton: redis.url: expected redis://host"),
     ]:

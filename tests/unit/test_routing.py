@@ -9,10 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.client import blocks_needed, drained_per_s
+from pipeline.client import drained_per_s
 from pipeline.config import RouterSettings
 from pipeline.queue import LANES
-from pipeline.routing import LANE_OF_TIER, TIER_OF_LANE, DisaggregatedRouter, PoolLoad, lane_of, retry_after_s
+from pipeline.routing import (
+    LANE_OF_TIER,
+    TIER_OF_LANE,
+    DisaggregatedRouter,
+    PoolLoad,
+    Room,
+    blocks_needed,
+    lane_of,
+    retry_after_s,
+)  # fmt: skip
 from pipeline.snapshot import PoolSnapshot
 
 POLICY = RouterSettings(max_local_prefill_length=100, max_prefill_queue_size=5)
@@ -77,9 +86,10 @@ def test_blocks_to_start_are_those_of_the_prompt_and_one_a_choice() -> None:
 
 def test_what_no_prefill_worker_could_hold_stays_local() -> None:
     router = DisaggregatedRouter(POLICY)
-    load = PoolLoad(0, 1, 1, prefill_max_blocks=16)
-    assert [router.route(1000, 0, load, blocks=blocks).stage for blocks in (16, 17)] == ["prefill", "decode"]
-    assert router.route(1000, 0, PoolLoad(0, 1, 1), blocks=17).stage == "prefill"
+    load = PoolLoad(0, 1, 1, prefill_rooms=(Room(15, 16), Room(8, 32)))  # blocks of one size here, of another there
+    assert [router.route(tokens, 0, load).stage for tokens in (224, 225)] == ["prefill", "decode"]
+    assert [router.route(200, 0, load, n=n).stage for n in (1, 2, 3)] == ["prefill", "prefill", "decode"]
+    assert router.route(10_000, 0, PoolLoad(0, 1, 1)).stage == "prefill"
 
 
 @pytest.mark.parametrize(

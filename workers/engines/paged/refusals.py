@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.errors import Unservable
 from pipeline.protocol import BackendInput, Log
 from workers.engine import EngineInfo
 
 
-def refuse_unserved(request: BackendInput, done: Log, info: EngineInfo) -> None:
-    """Raise `Unservable` naming the field for what this engine does not serve or could never fit."""
-    for field, is_asked in unserved_fields(request):
+def refuse_unserved(
+    request: BackendInput, done: Log, info: EngineInfo, unserved: Sequence[tuple[str, bool]] | None = None
+) -> None:
+    """Raise `Unservable` naming the field for what this engine does not serve or could never fit.
+
+    `unserved`: fields that it does not serve, and whether this request asks for them; by default those of `unserved_fields`.
+    """
+    for field, is_asked in unserved_fields(request) if unserved is None else unserved:
         if is_asked:
             raise Unservable(f"request {request.request_id}: the {info.name} engine does not serve {field}")
     n = request.sampling_options.n

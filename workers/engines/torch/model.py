@@ -8,7 +8,7 @@ import torch
 import transformers
 import xxhash
 
-from pipeline.builtin import BUILTIN_MODEL, builtin_model_path
+from pipeline.builtin import model_place
 from pipeline.config import TorchSettings
 from pipeline.errors import Unservable
 from workers.engines.torch.attention import ATTENTION_NAME, paged_attention
@@ -23,7 +23,7 @@ def load_model(name: str, settings: TorchSettings, max_model_len: int) -> Any:
     `name` is a folder, a hub id or a built-in model; `max_model_len` 0 stands for what the model says. Raises `Unservable`
     naming the reason.
     """
-    place = str(builtin_model_path()) if name == BUILTIN_MODEL else name
+    place = model_place(name)
     device = resolve_device(settings.device)
     transformers.utils.logging.disable_progress_bar()
     transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)

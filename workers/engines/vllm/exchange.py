@@ -1,0 +1,237 @@
+"""Between vLLM's scheduler and Baton's transfer: which blocks of which request go out or come in.
+
+vLLM calls its connector from the thread that steps it; the transfer lives in the event loop. What has to cross goes through here, each
+way without waiting. While blocks are read or written vLLM keeps them: `Moved` says when they are free to go. All is kept under vLLM's id
+of a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+
+from pipeline.errors import BatonError, EngineError
+from pipeline.protocol import KVHandle
+from workers.engines.vllm.memory import PagedMemory
+from workers.transfer import Transfer
+
+
+@dataclass(slots=True, eq=False)
+class Export:
+    """The blocks of a prompt, on their way out."""
+
+    request_id: str
+    num_tokens: int
+    handle: asyncio.Future[KVHandle]
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """Blocks on their way in. The first choice of a request takes them through the transfer; the others find the full ones in the prefix
+    cache and copy the last, partly filled one, which the first has left in `tail`."""
+
+    handle: KVHandle
+    done: asyncio.Future[None]
+    leader: Fetch | None = None
+    keeps_tail: bool = False
+    tail: bytes = b""
+    has_begun: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values the blocks hold."""
+        return self.handle.num_tokens
+
+    @property
+    def is_follower(self) -> bool:
+        """Whether another choice has fetched the handle."""
+        return self.leader is not None
+
+
+@dataclass(slots=True)
+class Moved:
+    """What vLLM has to be told: requests whose blocks were sent, received, or could not be received."""
+
+    sent: set[str] = field(default_factory=set)
+    received: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
+
+
+class Exchange:
+    """See the module's docstring. `layout` is asked once vLLM has started; `on_moved` is called in the loop."""
+
+    def __init__(self, transfer: Transfer, layout: Callable[[], str], on_moved: Callable[[Moved], None]) -> None:
+        self._transfer = transfer
+        self._layout = layout
+        self._on_moved = on_moved
+        self._loop = asyncio.get_running_loop()
+        self._memory: PagedMemory | None = None
+        self._exports: dict[str, Export] = {}
+        self._fetches: dict[str, Fetch] = {}
+        self._copies: set[asyncio.Task[None]] = set()
+
+    # -- in the loop ----------------------------------------------------------------------------------------------------------
+
+    def expect_export(self, key: str, export: Export) -> None:
+        """This request will end with blocks to publish."""
+        self._exports[key] = export
+
+    def expect_fetch(self, key: str, fetch: Fetch) -> None:
+        """This request begins with blocks to fetch."""
+        self._fetches[key] = fetch
+
+    def forget(self, key: str) -> None:
+        """This request has left. Copies that run go on to their end."""
+        self._exports.pop(key, None)
+        self._fetches.pop(key, None)
+
+    async def close(self) -> None:
+        """Let copies that run end."""
+        for copy in self._copies:
+            copy.cancel()
+        await asyncio.gather(*self._copies, return_exceptions=True)
+
+    # -- on vLLM's thread -----------------------------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> PagedMemory:
+        """Known once vLLM has laid out its caches."""
+        assert self._memory is not None
+        return self._memory
+
+    def register(self, memory: PagedMemory) -> None:
+        """vLLM has laid out its caches."""
+        self._memory = memory
+
+    def pending_fetch(self, key: str) -> Fetch | None:
+        """What this request has to fetch and has not begun to. A preempted one that begins anew computes."""
+        fetch = self._fetches.get(key)
+        return None if fetch is None or fetch.has_begun else fetch
+
+    def begin_fetch(self, key: str, *, needs_blocks: bool) -> None:
+        """Its place is allocated; without need of blocks the prefix cache had all of them."""
+        fetch = self._fetches[key]
+        fetch.has_begun = True
+        if not needs_blocks:
+            self._loop.call_soon_threadsafe(_set, fetch.done)
+
+    def fetch(self, key: str, blocks: list[int], skip: int) -> None:
+        """Fill these blocks but for the first `skip`: the request waits until it is told."""
+        self._start(self._fetch(key, self._fetches.get(key), blocks, skip))
+
+    def has_export(self, key: str) -> bool:
+        """Whether the blocks of this request are to be published."""
+        return key in self._exports
+
+    def export(self, key: str, blocks: list[int]) -> None:
+        """Publish these blocks: vLLM keeps them until it is told."""
+        self._start(self._export(key, self._exports.get(key), blocks))
+
+    # -- copies ---------------------------------------------------------------------------------------------------------------
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        def start() -> None:
+            copy = self._loop.create_task(work)
+            self._copies.add(copy)
+            copy.add_done_callback(self._copies.discard)
+
+        self._loop.call_soon_threadsafe(start)
+
+    async def _export(self, key: str, export: Export | None, blocks: list[int]) -> None:
+        try:
+            if export is None or export.handle.done():  # nobody waits for it any more
+                return
+            publishing = asyncio.ensure_future(
+                self._transfer.export(Source(self.memory, export, blocks, self._layout()))
+            )
+            export.handle.add_done_callback(lambda _: publishing.cancel())  # it may be waiting for room
+            handle = await publishing
+            if not _set(export.handle, handle):
+                await self._transfer.release(handle.id)
+        except asyncio.CancelledError:
+            if export is not None:
+                export.handle.cancel()
+        except BatonError as error:
+            assert export is not None
+            _fail(export.handle, error)
+        finally:
+            self._on_moved(Moved(sent={key}))
+
+    async def _fetch(self, key: str, fetch: Fetch | None, blocks: list[int], skip: int) -> None:
+        moved = Moved(lost={key})
+        try:
+            if fetch is None:
+                return
+            if fetch.leader is not None:
+                self.memory.scatter(memoryview(fetch.leader.tail), blocks[-1:])
+            else:
+                await self._transfer.fetch(fetch.handle, Sink(self.memory, fetch, blocks, skip, self._layout()))
+            moved = Moved(received={key})
+        except asyncio.CancelledError:
+            if fetch is not None:
+                fetch.done.cancel()
+        except BatonError as error:
+            assert fetch is not None
+            _fail(fetch.done, error)
+        except Exception as error:  # noqa: BLE001  # whatever it is, its request waits for it
+            assert fetch is not None
+            _fail(fetch.done, EngineError(f"handle {fetch.handle.id}: {error!r}"))
+        else:
+            _set(fetch.done)
+        finally:
+            self._on_moved(moved)
+
+
+class Source:
+    """A `BlockSource` over blocks of vLLM."""
+
+    def __init__(self, memory: PagedMemory, export: Export, blocks: list[int], layout: str) -> None:
+        self._memory = memory
+        self._blocks = blocks
+        self.request_id = export.request_id
+        self.layout = layout
+        self.num_tokens = export.num_tokens
+        self.num_blocks = len(blocks)
+        self.nbytes = len(blocks) * memory.block_nbytes
+        self.cached_tokens = export.cached_tokens
+
+    def gather(self, out: memoryview) -> None:
+        """See `BlockSource.gather`."""
+        self._memory.gather(self._blocks, out)
+
+
+class Sink:
+    """A `BlockSink` over blocks of vLLM, of which the first `skip` are filled already."""
+
+    def __init__(self, memory: PagedMemory, fetch: Fetch, blocks: list[int], skip: int, layout: str) -> None:
+        self._memory = memory
+        self._fetch = fetch
+        self._blocks = blocks
+        self._skip = skip
+        self.layout = layout
+        self.nbytes = len(blocks) * memory.block_nbytes
+
+    def scatter(self, data: memoryview) -> None:
+        """See `BlockSink.scatter`."""
+        self._memory.scatter(data, self._blocks, self._skip)
+        if self._fetch.keeps_tail:
+            tail = bytearray(self._memory.block_nbytes)
+            self._memory.gather(self._blocks[-1:], memoryview(tail))
+            self._fetch.tail = bytes(tail)
+
+
+def _set(
+    future: asyncio.Future[object] | asyncio.Future[None] | asyncio.Future[KVHandle], value: object = None
+) -> bool:
+    """Set a result that may be awaited no more; whether it was taken."""
+    if future.done():
+        return False
+    future.set_result(value)  # type: ignore[arg-type]
+    return True
+
+
+def _fail(future: asyncio.Future[None] | asyncio.Future[KVHandle], error: BatonError) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,111 @@
+"""Makes vLLM's engine in this process, and says what it is. Imports vLLM: only the engine's thread gets here."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import Any
+
+# before vLLM is imported; what the user has set stays
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and model in this process
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else each engine of a machine is pinned to the same cores
+    "PYTHONHASHSEED": "0",  # vLLM 0.26 seeds the hashes of its prefix cache with it
+}
+for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)
+
+import msgspec  # noqa: E402
+import torch  # noqa: E402
+import xxhash  # noqa: E402
+from vllm import EngineArgs  # noqa: E402
+from vllm.config import KVTransferConfig  # noqa: E402
+from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
+
+from pipeline.builtin import model_place  # noqa: E402
+from pipeline.config import PoolSettings, VllmSettings  # noqa: E402
+from pipeline.errors import ConfigError, Unservable  # noqa: E402
+from workers.engine import EngineInfo  # noqa: E402
+from workers.engines.vllm import connector, sampling  # noqa: E402
+from workers.engines.vllm.exchange import Exchange  # noqa: E402
+from workers.engines.vllm.memory import PagedMemory, fingerprint  # noqa: E402
+
+SAMPLED_NUMBERS = 256  # of each weight, for the fingerprint
+
+
+def make_engine(pool: PoolSettings, settings: VllmSettings, exchange: Exchange) -> Any:
+    """vLLM's `LLMEngine` over the pool's model. Raises `Unservable` with vLLM's own reason."""
+    engine_id = uuid.uuid4().hex
+    connector.exchanges[engine_id] = exchange
+    torch.set_num_threads(settings.threads)
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**arguments(pool, settings, engine_id)))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise Unservable(f"vLLM does not start with {pool.model}: {error}") from error
+
+
+def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dict[str, Any]:
+    """vLLM's engine arguments: ours, and over them those of `engine.vllm.args`."""
+    transfer = KVTransferConfig(
+        kv_connector=connector.NAME, kv_connector_module_path=connector.MODULE, kv_role="kv_both", engine_id=engine_id
+    )
+    ours: dict[str, Any] = {
+        "model": model_place(pool.model),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "dtype": settings.dtype,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "enable_prefix_caching": settings.prefix_cache,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "enforce_eager": settings.enforce_eager,
+        "kv_transfer_config": transfer,
+        "logits_processors": [f"{sampling.__name__}:{sampling.KeyedSampling.__name__}"],
+        "disable_log_stats": False,
+    }
+    optional = {
+        "block_size": settings.block_size,
+        "max_model_len": pool.max_model_len,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+    }
+    return ours | {name: value for name, value in optional.items() if value} | more_arguments(settings.args)
+
+
+def more_arguments(text: str) -> dict[str, Any]:
+    """The engine arguments of `engine.vllm.args`. Raises `ConfigError`."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any]) if text else {}
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"engine.vllm.args: not a JSON object: {error}") from error
+
+
+def describe(engine: Any, memory: PagedMemory, model: str) -> EngineInfo:
+    """What the engine is, once it has started."""
+    config = engine.vllm_config
+    [weights] = engine.engine_core.collective_rpc(sample_weights)
+    num_blocks = memory.num_blocks - 1  # vLLM keeps the first one empty
+    block_size = config.cache_config.block_size
+    return EngineInfo(
+        name="vllm",
+        model=model,
+        layout=fingerprint(memory, block_size, weights),
+        block_size=block_size,
+        num_blocks=num_blocks,
+        block_nbytes=memory.block_nbytes,
+        max_model_len=min(config.model_config.max_model_len, num_blocks * block_size),
+        max_num_seqs=config.scheduler_config.max_num_seqs,
+        max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+    )
+
+
+def sample_weights(worker: Any) -> str:
+    """A digest of the model's weights: shapes, types, a sample of each."""
+    digest = xxhash.xxh3_128()
+    for name, weight in sorted(worker.get_model().state_dict().items()):
+        flat = weight.detach().flatten()
+        digest.update(f"{name}/{tuple(weight.shape)}/{weight.dtype}".encode())
+        digest.update(flat[:: max(1, flat.numel() // SAMPLED_NUMBERS)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

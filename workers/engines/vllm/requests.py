@@ -1,0 +1,61 @@
+"""From Baton's requests to vLLM's: one of vLLM's for each choice that has not ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import Unservable
+from pipeline.protocol import BackendInput
+from workers.engines.vllm.keyed import KEY, Keyed, is_keyed, needs_processor
+
+
+def prompt_of(request: BackendInput, done: list[int]) -> dict[str, Any]:
+    """What vLLM takes for the prompt: the tokens of a resumed choice so far are part of it."""
+    salt = request.routing.cache_salt if request.routing else None
+    prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [*request.token_ids, *done]}
+    return prompt | ({"cache_salt": salt} if salt else {})
+
+
+def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens: int) -> Any:
+    """vLLM's `SamplingParams` for what is left of a choice whose log holds `done`; at most `max_tokens` more."""
+    from vllm import SamplingParams
+
+    sampling, stop = request.sampling_options, request.stop_conditions
+    ours = needs_processor(sampling)
+    keyed = Keyed(options=sampling, choice=choice, done=done)
+    return SamplingParams(
+        temperature=0.0 if is_keyed(sampling) else sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=bias_of(request),
+        max_tokens=max_tokens,
+        min_tokens=max(0, (stop.min_tokens or 0) - len(done)),
+        ignore_eos=True,  # Baton says which tokens end: the request has them
+        stop_token_ids=sorted({*(stop.stop_token_ids or ()), *(() if stop.ignore_eos else request.eos_token_ids)}),
+        detokenize=False,
+        extra_args={KEY: msgspec.to_builtins(keyed)} if ours else None,
+    )
+
+
+def bias_of(request: BackendInput) -> dict[int, float] | None:
+    """OpenAI's `logit_bias` has token ids as strings. Raises `Unservable` for a key that is none."""
+    bias = request.sampling_options.logit_bias
+    try:
+        return {int(token): value for token, value in bias.items()} if bias else None
+    except ValueError as error:
+        raise Unservable(f"request {request.request_id}: logit_bias: {error}") from None
+
+
+def unserved_fields(request: BackendInput) -> list[tuple[str, bool]]:
+    """Fields that are on the wire but not yet served, and whether this request asks for them."""
+    sampling, output = request.sampling_options, request.output_options
+    return [
+        ("sampling_options.guided_decoding", sampling.guided_decoding is not None),
+        ("output_options.logprobs", output.logprobs is not None),
+        ("output_options.prompt_logprobs", output.prompt_logprobs is not None),
+        ("routing.lora_name", request.routing is not None and bool(request.routing.lora_name)),
+    ]
