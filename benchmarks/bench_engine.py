@@ -26,7 +26,7 @@ from pipeline.builtin import builtin_model_path
 from pipeline.config import EngineSettings, PoolSettings, TorchSettings, TransferSettings
 from pipeline.protocol import BackendInput, Log, SamplingOptions, StopConditions
 from workers.engine import AsyncEngine, load_engine
-from workers.transfers.shm import ShmTransfer
+from workers.transfers.block_transfer import BlockTransfer
 
 ROUNDS = 7
 PREFILL_TOKENS = 512
@@ -47,7 +47,7 @@ def run(model: str = "") -> list[dict[str, Any]]:
 async def measure(path: str, folder: Path) -> list[Row]:
     """Engine and reference take turns, so that both see the same machine."""
     reference = Reference(path)
-    transfer = ShmTransfer(TransferSettings(dir=str(folder)), "bench", exports=False)
+    transfer = BlockTransfer(TransferSettings(dir=str(folder)), "bench", exports=False)
     settings = EngineSettings(torch=TorchSettings(device="cpu", prefix_cache=False))
     engine = load_engine(PoolSettings(model=path), settings, transfer)
     await engine.start()

@@ -172,14 +172,26 @@ class EngineSettings(Section, frozen=True, kw_only=True):
         return section
 
 
+class TcpSettings(Section, frozen=True, kw_only=True):
+    """`[transfer.tcp]`"""
+
+    host: str = ""  # empty: 127.0.0.1 where Redis is on this host, else the address from which Redis is reached
+    port: Port = 0  # 0: any free one
+    advertise: str = ""  # empty: host
+    streams: Annotated[int, Meta(ge=1, le=64)] = 2
+    timeout_s: Positive = 5.0  # longest wait for the other side to go on
+    staging_bytes: Count = 268_435_456  # memory for blocks that arrive; more wait in turn
+
+
 class TransferSettings(Section, frozen=True, kw_only=True):
     """`[transfer]`"""
 
-    kind: Literal["shm"] = "shm"
+    kind: Literal["auto", "shm", "tcp"] = "auto"
     arena_bytes: Count = 268_435_456  # shared memory of one prefill worker
     slab_bytes: Count = 65_536
     dir: str = "/dev/shm"
     verify: bool = False  # content digest in each handle
+    tcp: TcpSettings = TcpSettings()
 
 
 class LogSettings(Section, frozen=True, kw_only=True):

@@ -33,6 +33,7 @@ from workers.stages import NoResources, StageCapacity, Stages, load_stages
 from workers.steps import StepWriter
 from workers.stops import StopStrings
 from workers.supervisor import EngineCapacity, EngineSupervisor
+from workers.transfers.ways.tcp.address import with_addresses
 from workers.worker import Worker
 
 log = structlog.get_logger("baton.worker")
@@ -100,7 +101,9 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
     """Start the engine, work until drained, close everything."""
     pool_settings = settings.pools[pool]
     holdings = Holdings()
-    engine = ChildEngine(name, pool_settings, settings.engine, settings.transfer, exports=stage == "prefill")
+    exports = stage == "prefill"
+    transfer = await with_addresses(settings.transfer, settings.redis.url) if exports else settings.transfer
+    engine = ChildEngine(name, pool_settings, settings.engine, transfer, exports=exports)
     stops = StopStrings(pool_settings.tokenizer or pool_settings.model)
     connection = Connection(settings.redis)
     supervisor = EngineSupervisor(

@@ -158,6 +158,8 @@ class WorkerControl:
 def engine_told(engine: ChildEngine, worker: Worker) -> dict[str, Any]:
     """The sections of `stats` on an engine and what it keeps for others."""
     stats = engine.stats()
+    figures = msgspec.to_builtins(stats)
+    fetched = figures.pop("fetched")
     return {
         "pool": {
             "implementation": engine.info.name,
@@ -166,12 +168,13 @@ def engine_told(engine: ChildEngine, worker: Worker) -> dict[str, Any]:
             "processes": [engine.pid],
             "heard_s_ago": round(time.monotonic() - engine.heard_s, 3),
             "num_blocks": engine.info.num_blocks,
-            **msgspec.to_builtins(stats),
+            **figures,
         },
         "transfer": {
             "handles": worker.exported,
             "bytes_used": stats.handle_bytes,
             "bytes_free": stats.handle_bytes_free,
+            "fetched": fetched,
         },
     }
 

@@ -20,7 +20,7 @@ import msgspec
 from pipeline.config import EngineSettings, PoolSettings
 from pipeline.errors import ConfigError
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
-from workers.transfer import Transfer
+from workers.transfer import Fetched, Transfer
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +53,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     handles_exported: int = 0  # handles not yet released
     handle_bytes: int = 0
     handle_bytes_free: int = 0
+    fetched: dict[str, Fetched] = {}  # blocks that came in, by the way they came
     steps: int = 0
     step_ms: float = 0.0  # moving average
 

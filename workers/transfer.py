@@ -42,6 +42,14 @@ class BlockSink(Protocol):
         ...
 
 
+class Fetched(msgspec.Struct, frozen=True, kw_only=True):
+    """What came in by one way. `seconds`: the times of all fetches added up, which may overlap."""
+
+    handles: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
 class TransferStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment of a transfer."""
 
@@ -50,6 +58,7 @@ class TransferStats(msgspec.Struct, frozen=True, kw_only=True):
     bytes_free: int = 0
     exported_bytes_total: int = 0
     fetched_bytes_total: int = 0
+    fetched: dict[str, Fetched] = {}  # by way, those that were used
 
 
 class Transfer(Protocol):
@@ -84,7 +93,7 @@ class Transfer(Protocol):
 
 
 class TransferFactory(Protocol):
-    """What a module of `workers.transfers` offers as `create_transfer`."""
+    """What `workers.transfers.block_transfer` offers as `create_transfer`; it is imported where blocks are moved."""
 
     def __call__(self, settings: TransferSettings, owner: str, *, exports: bool) -> Transfer:
         """A transfer that has not started; `exports` False takes no memory for blocks of its own."""
@@ -93,6 +102,5 @@ class TransferFactory(Protocol):
 
 def load_transfer(settings: TransferSettings, owner: str, *, exports: bool) -> Transfer:
     """The transfer that the settings name, not yet started. `owner` is the worker's name."""
-    modules = {"shm": "workers.transfers.shm"}
-    create = cast(TransferFactory, import_module(modules[settings.kind]).create_transfer)
+    create = cast(TransferFactory, import_module("workers.transfers.block_transfer").create_transfer)
     return create(settings, owner, exports=exports)

@@ -15,7 +15,7 @@ from pipeline.config import EngineSettings, MockSettings, PoolSettings, TorchSet
 from pipeline.protocol import BackendInput, FinishReason, Log, SamplingOptions, StopConditions
 from workers.engine import load_engine
 from workers.engines.paged.engine import PagedEngine
-from workers.transfers.shm import ShmTransfer
+from workers.transfers.block_transfer import BlockTransfer
 
 VOCABULARY = 256
 BLOCK = 16
@@ -89,7 +89,7 @@ class Engines:
         transfer = TransferSettings(dir=str(self._place), arena_bytes=2**25, slab_bytes=2**16, verify=True)
         pool = PoolSettings(model=self.model, engine=self.kind)  # type: ignore[arg-type]
         self._count += 1
-        engine = load_engine(pool, section, ShmTransfer(transfer, f"engine{self._count}"))
+        engine = load_engine(pool, section, BlockTransfer(transfer, f"engine{self._count}"))
         assert isinstance(engine, PagedEngine)
         await engine.start()
         running = Running(engine)

@@ -20,7 +20,7 @@ from workers.engines.paged.engine import PagedEngine
 from workers.engines.paged.runner import Draw, RowFailure
 from workers.engines.torch.sampling import choose
 from workers.transfer import BlockSink
-from workers.transfers.shm import ShmTransfer
+from workers.transfers.block_transfer import BlockTransfer
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ async def test_equal_shapes_with_other_weights_are_another_layout(
         assert lost.value.reason == "layout"
 
 
-class SpoilingTransfer(ShmTransfer):
+class SpoilingTransfer(BlockTransfer):
     """Delivers what is not a number instead of the keys of one request."""
 
     async def fetch(self, handle: KVHandle, into: BlockSink) -> None:

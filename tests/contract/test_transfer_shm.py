@@ -8,10 +8,9 @@ import random
 import signal
 import stat
 import subprocess
-import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +19,18 @@ import numpy as np
 import pytest
 
 from pipeline.config import TransferSettings
-from pipeline.errors import KVLost, TransferError, WireError
+from pipeline.errors import TransferError, WireError
 from pipeline.protocol import KVHandle
-from tests.contract.transfer_blocks import ARENA, SLAB, Bytes, Sink, shm
+from tests.contract.transfer_blocks import ARENA, SLAB, Bytes, Sink, altered, outcome, owner_process, running, shm
 from workers.transfers.arena import HEADER, MAGIC, Arena, Header, remove_orphans
-from workers.transfers.shm import MAX_PEERS, ShmTransfer
+from workers.transfers.block_transfer import BlockTransfer
+from workers.transfers.ways.shm import MAX_PEERS
 
-ROOT = Path(__file__).parents[2]
 GOOD = "baton-x-0123456789abcdef"
 
 
-@asynccontextmanager
-async def started(place: Path, owner: str = "prefill", **options: bool) -> AsyncIterator[ShmTransfer]:
-    transfer = shm(place, owner, **options)
-    await transfer.start()
-    try:
-        yield transfer
-    finally:
-        await transfer.close()
-
-
-@asynccontextmanager
-async def child(place: Path, nbytes: int, seed: int) -> AsyncIterator[tuple[asyncio.subprocess.Process, KVHandle]]:
-    """A real process with an arena and one export in it."""
-    arguments = ["-m", "tests.contract.transfer_owner", str(place), str(nbytes), str(seed)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, cwd=ROOT, **pipes)
-    try:
-        assert process.stdout is not None
-        yield process, msgspec.json.decode(await process.stdout.readline(), type=KVHandle)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+started = partial(running, "shm")
+child = partial(owner_process, "shm")
 
 
 def arenas(place: Path) -> list[str]:
@@ -61,22 +39,6 @@ def arenas(place: Path) -> list[str]:
 
 def file_of(place: Path, handle: KVHandle) -> Path:
     return place / str(handle.params["arena"])
-
-
-async def outcome(reader: ShmTransfer, handle: KVHandle) -> str:
-    """How a fetch ends: ok, wire, or the reason of KVLost. Everything else fails the test."""
-    sink = Sink(handle.nbytes, layout=handle.layout)
-    try:
-        await reader.fetch(handle, sink)
-    except KVLost as error:
-        return error.reason
-    except WireError:
-        return "wire"
-    return "ok"
-
-
-def altered(handle: KVHandle, **params: Any) -> KVHandle:
-    return msgspec.structs.replace(handle, params=handle.params | params)
 
 
 # The file and its life
@@ -239,9 +201,9 @@ async def test_full_shared_memory_is_said_at_start(small_tmpfs: Path):
     ("arena_bytes", "slab_bytes"), [(SLAB, 0), (SLAB, -4096), (SLAB, 1000), (SLAB, 2 * SLAB), (0, SLAB)]
 )
 async def test_sizes_that_make_no_sense(tmp_path: Path, arena_bytes: int, slab_bytes: int):
-    settings = TransferSettings(dir=str(tmp_path), arena_bytes=arena_bytes, slab_bytes=slab_bytes)
+    settings = TransferSettings(kind="shm", dir=str(tmp_path), arena_bytes=arena_bytes, slab_bytes=slab_bytes)
     with pytest.raises(TransferError, match=r"transfer.slab_bytes"):
-        await ShmTransfer(settings, "prefill").start()
+        await BlockTransfer(settings, "prefill").start()
     assert arenas(tmp_path) == []
 
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import TransferSettings
+from pipeline.config import TcpSettings, TransferSettings
+from pipeline.errors import KVLost, WireError
+from pipeline.protocol import KVHandle
 from workers.transfer import Transfer
-from workers.transfers.shm import ShmTransfer
+from workers.transfers.block_transfer import BlockTransfer
 
+ROOT = Path(__file__).parents[2]
 LAYOUT = "test-layout"
 SLAB = 65_536
 ARENA = 64 * SLAB  # 4 MiB: exports of more than a quarter of it are copied in a thread
+TCP = TcpSettings(staging_bytes=2 * ARENA)
+
+Kind = Literal["auto", "shm", "tcp"]
 
 
 class Bytes:
@@ -56,9 +68,65 @@ class Factory(Protocol):
     def __call__(self, place: Path, owner: str, *, verify: bool = True, exports: bool = True) -> Transfer: ...
 
 
-def shm(place: Path, owner: str, *, verify: bool = True, exports: bool = True) -> ShmTransfer:
-    settings = TransferSettings(dir=str(place), arena_bytes=ARENA, slab_bytes=SLAB, verify=verify)
-    return ShmTransfer(settings, owner, exports=exports)
+def transfer_of(
+    kind: Kind, place: Path, owner: str, *, verify: bool = True, exports: bool = True, tcp: TcpSettings | None = None,
+    arena_bytes: int = ARENA,
+) -> BlockTransfer:  # fmt: skip
+    """A transfer of a kind, small. `place` is the folder of its shared memory."""
+    settings = TransferSettings(
+        kind=kind, dir=str(place), arena_bytes=arena_bytes, slab_bytes=SLAB, verify=verify, tcp=tcp or TCP
+    )
+    return BlockTransfer(settings, owner, exports=exports)
 
 
-TRANSFERS: dict[str, Callable[..., Transfer]] = {"shm": shm}
+shm = partial(transfer_of, "shm")
+tcp = partial(transfer_of, "tcp")
+TRANSFERS: dict[str, Factory] = {kind: partial(transfer_of, kind) for kind in ("shm", "tcp", "auto")}
+
+
+@asynccontextmanager
+async def running(
+    kind: Kind, place: Path, owner: str = "prefill", *, verify: bool = True, exports: bool = True,
+    tcp: TcpSettings | None = None, arena_bytes: int = ARENA,
+) -> AsyncIterator[BlockTransfer]:  # fmt: skip
+    """A transfer that is started, and closed at the end."""
+    transfer = transfer_of(kind, place, owner, verify=verify, exports=exports, tcp=tcp, arena_bytes=arena_bytes)
+    await transfer.start()
+    try:
+        yield transfer
+    finally:
+        await transfer.close()
+
+
+@asynccontextmanager
+async def owner_process(
+    kind: Kind, place: Path, nbytes: int, seed: int
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, KVHandle]]:
+    """A real process with one export in it."""
+    arguments = ["-m", "tests.contract.transfer_owner", kind, str(place), str(nbytes), str(seed)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, cwd=ROOT, **pipes)
+    try:
+        assert process.stdout is not None
+        yield process, msgspec.json.decode(await process.stdout.readline(), type=KVHandle)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def outcome(reader: Transfer, handle: KVHandle) -> str:
+    """How a fetch ends: ok, wire, or the reason of KVLost. Everything else fails the test."""
+    sink = Sink(handle.nbytes, layout=handle.layout)
+    try:
+        await reader.fetch(handle, sink)
+    except KVLost as error:
+        return error.reason
+    except WireError:
+        return "wire"
+    return "ok"
+
+
+def altered(handle: KVHandle, **params: Any) -> KVHandle:
+    """The handle with some of its `params` changed."""
+    return msgspec.structs.replace(handle, params=handle.params | params)

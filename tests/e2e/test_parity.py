@@ -142,10 +142,11 @@ async def flip_every_block(system: System, key: bytes) -> int:
     """Change one byte of each block behind the request's handle, in the arena itself."""
     handle = msgspec.msgpack.decode(await system.connection.command("HGET", key, "handle"), type=KVHandle)
     directory = Path(system.settings.transfer.dir)
-    peer = PeerArena.open(directory, handle.params["arena"])
-    start = peer._header.data_offset + handle.params["first"] * peer._header.slab_bytes
+    offer = handle.params["offers"][0]["params"]
+    peer = PeerArena.open(directory, offer["arena"])
+    start = peer._header.data_offset + offer["first"] * peer._header.slab_bytes
     block_nbytes = handle.nbytes // handle.num_blocks
-    with (directory / handle.params["arena"]).open("r+b") as arena:
+    with (directory / offer["arena"]).open("r+b") as arena:
         for offset in range(start + 1, start + handle.nbytes, block_nbytes):
             arena.seek(offset)
             byte = arena.read(1)[0]

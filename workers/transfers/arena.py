@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import re
@@ -34,6 +35,8 @@ NAME = re.compile(r"baton-[A-Za-z0-9_]{1,64}-[0-9a-f]{16}")
 HEADER = struct.Struct("<8sQQQQ")  # the fields of `Header`
 GENERATIONS_OFFSET = 64
 CREATE_ATTEMPTS = 16
+
+log = logging.getLogger(__name__)
 
 
 class Unreadable(Exception):
@@ -65,9 +68,13 @@ class Header(NamedTuple):
         """Length of the whole file."""
         return self.data_offset + self.num_slabs * self.slab_bytes
 
+    def offset(self, run: Run) -> int:
+        """Where in the file a run begins, in bytes."""
+        return self.data_offset + run.first * self.slab_bytes
+
     def view(self, memory: mmap.mmap, run: Run, nbytes: int) -> memoryview:
         """The first `nbytes` bytes of a run; as writable as the mapping."""
-        start = self.data_offset + run.first * self.slab_bytes
+        start = self.offset(run)
         return memoryview(memory)[start : start + nbytes]
 
     def generations(self, memory: mmap.mmap) -> npt.NDArray[np.uint64]:
@@ -131,6 +138,10 @@ class Arena:
     def view(self, run: Run, nbytes: int) -> memoryview:
         """The first `nbytes` bytes of a run, writable."""
         return self._header.view(self._memory, run, nbytes)
+
+    def place(self, run: Run) -> tuple[int, int]:
+        """The descriptor of the file and where in it a run begins, in bytes."""
+        return self._fd, self._header.offset(run)
 
     def close(self) -> None:
         """Remove the file and give the memory back. A view that is still held keeps its memory, but no name, until it goes."""
@@ -217,6 +228,16 @@ def remove_orphans(directory: Path) -> list[str]:
     """
     arenas = sorted(path for path in directory.iterdir() if NAME.fullmatch(path.name))
     return [path.name for path in arenas if _remove_if_orphan(path)]
+
+
+def clear_orphans(directory: Path) -> None:
+    """`remove_orphans`, with a line in the log for what was there. Raises `TransferError` where `directory` cannot be read."""
+    try:
+        orphans = remove_orphans(directory)
+    except OSError as error:
+        raise TransferError(f"transfer.dir = {directory} cannot be read: {error.strerror}") from error
+    if orphans:
+        log.info("removed arenas of processes that are gone: %s", ", ".join(orphans))
 
 
 def full_fence() -> None:

@@ -131,6 +131,7 @@ class PagedEngine:
             handles_exported=transfer.handles,
             handle_bytes=transfer.bytes_used,
             handle_bytes_free=transfer.bytes_free,
+            fetched=transfer.fetched,
             steps=counters.steps,
             step_ms=counters.step_ms,
         )

@@ -55,6 +55,7 @@ class Counters:
             handles_exported=transfer.handles,
             handle_bytes=transfer.bytes_used,
             handle_bytes_free=transfer.bytes_free,
+            fetched=transfer.fetched,
             steps=self._steps,
             step_ms=self._step_ms,
         )

@@ -1,0 +1,1 @@
+"""Implementations of `workers.transfers.way.Way`."""

@@ -1,0 +1,1 @@
+"""The way `tcp`: the reader asks the owner's server. Between hosts, and where two processes share no memory."""
