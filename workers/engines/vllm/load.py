@@ -81,6 +81,11 @@ def more_arguments(text: str) -> dict[str, Any]:
         raise ConfigError(f"engine.vllm.args: not a JSON object: {error}") from error
 
 
+def device() -> int | None:
+    """The GPU that vLLM will compute on: the first one that this process sees."""
+    return 0 if torch.cuda.is_available() else None
+
+
 def describe(engine: Any, memory: PagedMemory, model: str) -> EngineInfo:
     """What the engine is, once it has started."""
     config = engine.vllm_config
