@@ -139,6 +139,8 @@ class Owner:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 async def own(kind: str, place: str) -> None:

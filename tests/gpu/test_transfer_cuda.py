@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
 import pytest
@@ -36,15 +37,22 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def owner(kind: str, tmp_path: Path) -> Iterator[Owner]:
+def place() -> Iterator[Path]:
+    """Shared memory: files on a disk cannot be pinned."""
+    with TemporaryDirectory(dir="/dev/shm") as place:
+        yield Path(place)
+
+
+@pytest.fixture
+def owner(kind: str, place: Path) -> Iterator[Owner]:
     require_cuda()
-    with Owner(kind, str(tmp_path), "0") as owner:
+    with Owner(kind, str(place), "0") as owner:
         yield owner
 
 
 @pytest.fixture
-async def reader(kind: str, blocks: Blocks, tmp_path: Path) -> AsyncIterator[BlockTransfer]:
-    transfer = BlockTransfer(settings_of(kind, str(tmp_path)), "reader", exports=False)
+async def reader(kind: str, blocks: Blocks, place: Path) -> AsyncIterator[BlockTransfer]:
+    transfer = BlockTransfer(settings_of(kind, str(place)), "reader", exports=False)
     await transfer.start(blocks.device.index)
     yield transfer
     await transfer.close()
@@ -75,7 +83,8 @@ async def test_every_byte_arrives(kind: str, owner: Owner, reader: BlockTransfer
 async def test_several_at_once(owner: Owner, reader: BlockTransfer, blocks: Blocks) -> None:
     handles = [owner.export(tokens, seed)[0] for seed, tokens in enumerate((300, 500, 700))]
     first = blocks.choose(1500, 7)
-    targets = [first[:19], first[19:51], first[51:95]]
+    counts = [handle.num_blocks for handle in handles]
+    targets = [first[start : start + count] for start, count in zip((0, 30, 70), counts, strict=True)]
     sinks = [Sink(blocks.memory, target) for target in targets]
     await asyncio.gather(*(reader.fetch(handle, sink) for handle, sink in zip(handles, sinks, strict=True)))
     assert all(blocks.holds(target, seed) for seed, target in enumerate(targets))
@@ -104,15 +113,15 @@ async def test_memory_of_a_dead_owner_is_not_touched(owner: Owner, reader: Block
 @pytest.mark.parametrize("kind", ["auto"], indirect=True)
 @pytest.mark.parametrize("way", ["shm", "tcp"])
 async def test_who_cannot_open_gpu_memory_has_it_put_into_host_memory(
-    owner: Owner, blocks: Blocks, tmp_path: Path, way: str
+    owner: Owner, blocks: Blocks, place: Path, way: str
 ) -> None:
     """As where the GPUs do not reach each other, or the reader is on another host."""
     handle, _ = owner.export(511, 4)
-    place = tmp_path if way == "shm" else tmp_path / "elsewhere"
-    place.mkdir(exist_ok=True)
+    theirs = place if way == "shm" else place / "elsewhere"
+    theirs.mkdir(exist_ok=True)
     offers = [offer for offer in handle.params["offers"] if offer["way"] != "cuda_ipc"]
     without = msgspec.structs.replace(handle, params={"offers": offers})
-    reader = BlockTransfer(settings_of("auto", str(place)), "reader", exports=False)
+    reader = BlockTransfer(settings_of("auto", str(theirs)), "reader", exports=False)
     await reader.start(blocks.device.index)
     for _ in range(2):
         assert await fetch(reader, blocks, without, 4)
