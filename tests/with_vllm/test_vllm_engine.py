@@ -161,7 +161,8 @@ async def test_lost_blocks_are_said_and_never_used(pair: Pair, loss: str) -> Non
     if loss == "released":
         await pair.prefill.engine.release(kv.id)
     with pytest.raises(KVLost) as error:
-        await pair.decode.engine.decode(asked, changed, log)
+        cached = await pair.decode.engine.decode(asked, changed, log)
+        pytest.fail(f"{cached} tokens of {changed} were used after {log}: {pair.decode.engine.stats()}")
     assert error.value.reason == {"released": "generation", "another digest": "digest"}.get(loss, "layout")
     await pair.prefill.engine.release(kv.id)
     await pair.rests()
