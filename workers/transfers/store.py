@@ -203,9 +203,7 @@ class BlockStore:
             blocks.gather(memory)
             return digest_of(memory) if self._settings.verify and isinstance(memory, memoryview) else None
 
-        if blocks.device is None:
-            return await self._copies.copy(blocks.nbytes, gather)
-        return await self._copies.run(gather)
+        return await self._copies.copy(blocks.nbytes, gather, device=blocks.device)
 
     async def _fill(self, export: Export) -> None:
         from workers import cuda

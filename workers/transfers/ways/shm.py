@@ -85,10 +85,7 @@ class ShmWay:
             raise Unusable(str(error)) from error
         if not offer.is_filled:
             await self._ask_to_fill(handle)
-        if into.device is None:
-            await self._copies.copy(handle.nbytes, lambda: _scatter(peer, offer, handle, into))
-        else:
-            await self._copies.run(lambda: _scatter(peer, offer, handle, into))
+        await self._copies.copy(handle.nbytes, lambda: _scatter(peer, offer, handle, into), device=into.device)
 
     async def close(self) -> None:
         """Let the mappings go; they end with the last copy out of them."""

@@ -88,7 +88,7 @@ class TcpWay:
             await _all(
                 self._receive(owner, part, data[part.offset : part.offset + part.nbytes], handle) for part in parts
             )
-            await self._copies.copy(handle.nbytes, lambda: _scatter(data, handle, into))
+            await self._copies.copy(handle.nbytes, lambda: _scatter(data, handle, into), device=into.device)
 
     async def ask_to_fill(self, handle: KVHandle, params: dict[str, Any]) -> None:
         """See `workers.transfers.way.AskToFill`: a request for no bytes does it."""
