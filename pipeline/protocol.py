@@ -80,6 +80,7 @@ class RoutingHints(Wire, frozen=True, kw_only=True):
 
     lora_name: str | None = None
     cache_salt: str | None = None
+    priority: int = 0  # inside the engine, lower goes first; a worker sets it from the lane, so it is stored nowhere
 
 
 class BackendInput(Wire, frozen=True, kw_only=True, tag="backend_input.v1", tag_field="type"):

@@ -66,6 +66,7 @@ class Delivery:
     is_suspect: bool = (
         False  # its last delivery ended in a dead engine: nothing else is started beside it until it has made progress
     )
+    priority: str = "default"  # the lane that its client asked for; `lane` is where it was claimed from
 
     @property
     def key(self) -> str:
@@ -309,7 +310,8 @@ class PoolQueue:
         return Delivery(
             id=answer[0].decode(), epoch=int(answer[1]), body=answer[2], stage=answer[3].decode(), lane=answer[4].decode(),
             handle=answer[5], attempts=int(answer[6]), deadline_ms=int(answer[7]), api=answer[8].decode(),
-            prompt_tokens=int(answer[9]), is_suspect=answer[10] == b"1", log=_log(answer[11:]),
+            prompt_tokens=int(answer[9]), is_suspect=answer[10] == b"1", log=_log(answer[12:]),
+            priority=answer[11].decode() or "default",
         )  # fmt: skip
 
     async def handover(

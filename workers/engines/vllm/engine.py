@@ -23,7 +23,7 @@ from workers.engines.vllm.counters import Counters
 from workers.engines.vllm.exchange import Exchange, Export, Fetch
 from workers.engines.vllm.futures import give
 from workers.engines.vllm.jobs import Choice, Job
-from workers.engines.vllm.requests import params_of, prompt_of, unserved_fields
+from workers.engines.vllm.requests import params_of, priority_of, prompt_of, unserved_fields
 from workers.transfer import Transfer
 
 
@@ -285,7 +285,7 @@ class VllmEngine:
         params = params_of(request, choice.number, choice.output, max_tokens=max_tokens or most)
         try:
             core_request = self._vllm.input_processor.process_inputs(
-                choice.key, prompt_of(request, choice.output), params, self._supported
+                choice.key, prompt_of(request, choice.output), params, self._supported, priority=priority_of(request)
             )
         except ValueError as error:
             raise Unservable(f"request {request.request_id}: {error}") from error

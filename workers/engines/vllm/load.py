@@ -62,6 +62,7 @@ def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dic
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "enforce_eager": settings.enforce_eager,
         "kv_transfer_config": transfer,
+        "scheduling_policy": "priority",
         "logits_processors": [f"{sampling.__name__}:{sampling.KeyedSampling.__name__}"],
         "disable_log_stats": False,
     }

@@ -18,6 +18,11 @@ def prompt_of(request: BackendInput, done: list[int]) -> dict[str, Any]:
     return prompt | ({"cache_salt": salt} if salt else {})
 
 
+def priority_of(request: BackendInput) -> int:
+    """vLLM's priority: of those that wait the lowest begins, and when blocks run out the highest is preempted."""
+    return request.routing.priority if request.routing else 0
+
+
 def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens: int) -> Any:
     """vLLM's `SamplingParams` for what is left of a choice whose log holds `done`; at most `max_tokens` more."""
     from vllm import SamplingParams
