@@ -12,9 +12,11 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
+from api.constraints import Choices, Pattern, ResponseFormat, Schema, StructuredOutputs, guided_decoding
 from pipeline.errors import InvalidRequest
+from pipeline.features import GUIDED_DECODING, refuse_unserved
 from pipeline.preprocess import Wanted
-from pipeline.protocol import OutputOptions, SamplingOptions, StopConditions
+from pipeline.protocol import GuidedDecoding, OutputOptions, SamplingOptions, StopConditions
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -61,6 +63,12 @@ class Common(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     service_tier: Literal["auto", "default", "scale", "priority", "flex", "batch"] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
 
     frequency_penalty: Any = None
     presence_penalty: Any = None
@@ -70,12 +78,6 @@ class Common(msgspec.Struct, kw_only=True):
     logprobs: Any = None
     prompt_logprobs: Any = None
     use_beam_search: Any = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     echo: Any = None
 
 
@@ -117,12 +119,6 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "prompt_logprobs": (),
     "use_beam_search": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "echo": (False,),
     "top_logprobs": (0,),
     "tools": ([],),
@@ -137,6 +133,15 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "suffix": ("",),
 }
+
+_CONSTRAINING = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
 
 _SAME_ANSWER = frozenset(["stream", "priority", "service_tier"])
 
@@ -193,7 +198,7 @@ def single_prompt(body: CompletionBody) -> str | list[int]:
 
 def wanted(body: ChatBody | CompletionBody) -> Wanted:
     """What the client wants beside the prompt, in the pipeline's words."""
-    longest = body.max_tokens
+    longest, constraint = body.max_tokens, _constraint(body)
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         longest = body.max_completion_tokens
     return Wanted(
@@ -211,9 +216,20 @@ def wanted(body: ChatBody | CompletionBody) -> Wanted:
             top_k=max(0, body.top_k or 0),
             seed=body.seed,
             include_stop_str_in_output=bool(body.include_stop_str_in_output),
+            guided_decoding=constraint[1] if constraint is not None else None,
         ),
         output=OutputOptions(skip_special_tokens=body.skip_special_tokens is not False),
     )
+
+
+def check_served(body: ChatBody | CompletionBody, engine: str) -> None:
+    """Raise InvalidRequest naming what the body asks for and the engine of its model does not serve."""
+    if (constraint := _constraint(body)) is not None:
+        refuse_unserved(engine, GUIDED_DECODING, constraint[0])
+
+
+def _constraint(body: ChatBody | CompletionBody) -> tuple[str, GuidedDecoding] | None:
+    return guided_decoding({name: getattr(body, name) for name in _CONSTRAINING})
 
 
 def digest(body: ChatBody | CompletionBody) -> str:

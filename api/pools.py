@@ -37,7 +37,7 @@ async def open_pool(name: str, settings: Settings, connection: Connection, proce
         buffer_items=settings.api.stream_buffer_items,
         silence_s=settings.api.silence_s,
     ) as client:
-        yield ServedPool(name, preprocessor, client, int(time.time()))
+        yield ServedPool(name, preprocessor, client, int(time.time()), pool.engine)
 
 
 def load_tokenizer(source: str) -> Tokenizer:

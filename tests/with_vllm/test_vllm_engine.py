@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from pipeline.errors import KVLost, Unservable
-from pipeline.protocol import BackendInput, FinishReason, GuidedDecoding, KVHandle, Log, OutputOptions
+from pipeline.protocol import BackendInput, FinishReason, KVHandle, Log, OutputOptions
 from tests.contract.engines import request_of, stopping
 from tests.with_vllm.pairs import BLOCK, Pair, fresh, pair_at, prompt
 from tests.with_vllm.settings import requires_vllm
@@ -196,7 +196,6 @@ async def test_what_cannot_be_served_is_refused_by_name(pair: Pair) -> None:
         (msgspec.structs.replace(good, token_ids=prompt(2048)), "no room"),
         (msgspec.structs.replace(good, token_ids=[1_000_000]), "1000000"),
         (msgspec.structs.replace(good, output_options=OutputOptions(prompt_logprobs=1)), "prompt_logprobs"),
-        (request_of("refused", prompt(10), guided_decoding=GuidedDecoding(regex="a+")), "guided_decoding"),
         (request_of("refused", prompt(10), logit_bias={"a": 1.0}), "logit_bias"),
     ]:
         with pytest.raises(Unservable, match=word):
