@@ -168,6 +168,7 @@ class LLMEngineOutput(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     log_probs: list[float] | None = None
     error: str | None = None  # with FinishReason.ERROR: what happened
+    top_logprobs: list[list[tuple[int, float]]] | None = None  # of each token: the likeliest at its place, best first
 
 
 class TokenItem(msgspec.Struct, frozen=True, array_like=True, tag="t"):
@@ -178,6 +179,7 @@ class TokenItem(msgspec.Struct, frozen=True, array_like=True, tag="t"):
     index: int
     tokens: bytes
     finish_reason: str = ""
+    logprobs: bytes = b""  # records of these tokens (`pipeline/logprobs.py`), where they were asked for
 
 
 class Timeline(msgspec.Struct, frozen=True, array_like=True):

@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import pytest_asyncio
@@ -70,3 +71,80 @@ async def test_a_decode_that_dies_leaves_an_answer_that_follows_its_schema(
     await starting
     assert "".join(pieces) == whole.choices[0].message.content
     assert len(json.loads("".join(pieces))["words"]) == 12
+
+
+ASKED: dict[str, Any] = {"model": POOL, "max_tokens": 30, "temperature": 1.0, "seed": 3}
+
+
+async def test_a_message_has_its_log_probabilities_whole_and_streamed(client: openai.AsyncOpenAI) -> None:
+    asked = ASKED | {"messages": HELLO, "logprobs": True, "top_logprobs": 2}
+    whole = await client.chat.completions.create(**asked)
+    content = whole.choices[0].logprobs.content
+    assert len(content) == whole.usage.completion_tokens
+    assert b"".join(bytes(entry.bytes) for entry in content).decode().startswith(whole.choices[0].message.content)
+    assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in content)
+    stream = await client.chat.completions.create(**asked, stream=True)
+    told = [chunk.choices[0].logprobs async for chunk in stream]
+    streamed = [entry for part in told if part is not None for entry in part.content]
+    assert [entry.token for entry in streamed] == [entry.token for entry in content]
+    assert [entry.logprob for entry in streamed] == pytest.approx([entry.logprob for entry in content], abs=2e-3)
+
+
+async def test_a_text_has_its_log_probabilities_whole_and_streamed(client: openai.AsyncOpenAI) -> None:
+    asked = ASKED | {"prompt": "Once upon a time", "logprobs": 3, "stop": ["."]}
+    whole = await client.completions.create(**asked)
+    told = whole.choices[0].logprobs
+    assert len(told.tokens) == whole.usage.completion_tokens
+    assert all(
+        token in likely and len(likely) in (3, 4) for token, likely in zip(told.tokens, told.top_logprobs, strict=True)
+    )
+    stream = await client.completions.create(**asked, stream=True)
+    parts = [chunk.choices[0].logprobs async for chunk in stream]
+    for field in ("tokens", "text_offset"):
+        assert [one for part in parts if part for one in getattr(part, field)] == getattr(told, field)
+
+
+async def test_a_stream_goes_on_with_its_log_probabilities_on_another_connection_when_its_decode_has_died(
+    served: Served,
+) -> None:
+    body = ASKED | {
+        "messages": HELLO,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "stream": True,
+        "max_tokens": 200,
+        "ignore_eos": True,
+    }
+    async with served.http() as http:
+        plain = await events_of_text(http, body)
+        seen: list[str] = []
+        async with http.stream(
+            "POST", "/v1/chat/completions", json=body, headers={"X-Baton-Resumable": "true"}
+        ) as response:
+            request_id = response.headers["x-baton-request-id"]
+            async for line in response.aiter_lines():
+                seen.append(line)
+                if len(seen) > 90:
+                    break
+        decode = [process for process in served.system.processes if "decode" in process.args][-1]  # type: ignore[operator]
+        os.kill(decode.pid, signal.SIGKILL)
+        await served.system.worker("decode")
+        at = max(number for number, line in enumerate(seen) if line.startswith("id: "))
+        last = [line for line in seen[:at] if line.startswith("id: ")][-1].removeprefix("id: ")
+        rest = await http.get(f"/v1/streams/{request_id}", headers={"Last-Event-ID": last})
+        shown = (await http.get(f"/v1/requests/{request_id}")).json()
+    entries = content_of(seen[:at]) + content_of(rest.text.splitlines())
+    assert len(entries) == 200
+    for other in (content_of(plain.splitlines()), shown["choices"][0]["logprobs"]["content"]):
+        assert [entry["token"] for entry in entries] == [entry["token"] for entry in other]
+        assert [entry["logprob"] for entry in entries] == pytest.approx([entry["logprob"] for entry in other], abs=2e-3)
+
+
+async def events_of_text(http: httpx.AsyncClient, body: dict[str, Any]) -> str:
+    return (await http.post("/v1/chat/completions", json=body)).text
+
+
+def content_of(lines: list[str]) -> list[dict[str, Any]]:
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert not [event["error"] for event in events if "error" in event]
+    return [entry for event in events for entry in (event["choices"][0].get("logprobs") or {"content": []})["content"]]

@@ -233,8 +233,9 @@ class VllmEngine:
             reason = FinishReason.ERROR
             why = choice.why or "its log has the reason"
             error = f"request {request.request_id}, choice {choice.number}: vLLM gave up on it: {why}"
+        logprobs, top = logprobs_of(output, request.output_options.logprobs)
         return LLMEngineOutput(
-            request.request_id, choice.number, index, list(output.new_token_ids), reason, None, error
+            request.request_id, choice.number, index, list(output.new_token_ids), reason, logprobs, error, top
         )
 
     def _die(self, error: BaseException) -> None:
@@ -328,6 +329,19 @@ class VllmEngine:
             del self._jobs[job.request.request_id]
         job.cancel()
         self._abort(list(job.choices.values()))
+
+
+def logprobs_of(output: Any, asked: int | None) -> tuple[list[float] | None, list[list[tuple[int, float]]] | None]:
+    """The log probabilities of an output's tokens, and of the `asked` likeliest at each place.
+
+    vLLM gives a row for each token: itself, then the likeliest, as many as any request of the step has asked for.
+    """
+    rows = output.new_logprobs
+    if rows is None or asked is None:
+        return None, None
+    ids, values = rows.logprob_token_ids[:, : asked + 1].tolist(), rows.logprobs[:, : asked + 1].tolist()
+    tops = [list(zip(row_ids[1:], row[1:], strict=True)) for row_ids, row in zip(ids, values, strict=True)]
+    return [row[0] for row in values], tops
 
 
 def failure_of(choice: Choice, output: LLMEngineOutput) -> EngineError:

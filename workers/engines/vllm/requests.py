@@ -44,6 +44,7 @@ def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens
         stop_token_ids=sorted({*(stop.stop_token_ids or ()), *(() if stop.ignore_eos else request.eos_token_ids)}),
         detokenize=False,
         structured_outputs=constraint_of(request),
+        logprobs=request.output_options.logprobs,
         extra_args={KEY: msgspec.to_builtins(keyed)} if ours else None,
     )
 
@@ -61,7 +62,6 @@ def unserved_fields(request: BackendInput) -> list[tuple[str, bool]]:
     """Fields that are on the wire but not yet served, and whether this request asks for them."""
     output = request.output_options
     return [
-        ("output_options.logprobs", output.logprobs is not None),
         ("output_options.prompt_logprobs", output.prompt_logprobs is not None),
         ("routing.lora_name", request.routing is not None and bool(request.routing.lora_name)),
     ]
