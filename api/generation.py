@@ -19,6 +19,7 @@ from api.bodies import (
     ChatBody,
     CompletionBody,
     chat_body,
+    check_served,
     completion_body,
     digest,
     single_prompt,
@@ -47,6 +48,7 @@ def generation_routes(service: Service) -> APIRouter:
         raw = await read_body(http, service.settings.body_limit_bytes)
         body = chat_body(raw)
         pool = service.pool(body.model)
+        check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
             return pool.preprocessor.chat(
@@ -61,6 +63,7 @@ def generation_routes(service: Service) -> APIRouter:
         raw = await read_body(http, service.settings.body_limit_bytes)
         body = completion_body(raw)
         pool = service.pool(body.model)
+        check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
             return pool.preprocessor.completion(request_id, single_prompt(body), wanted(body))

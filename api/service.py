@@ -22,6 +22,7 @@ class ServedPool:
     preprocessor: Preprocessor
     client: PoolClient
     created_s: int
+    engine: str = "torch"  # what its workers run: not every engine serves everything
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -43,12 +43,19 @@ def answer_head(request: Request, kind: str) -> dict[str, object]:
     return head
 
 
-def choice_body(request: Request, index: int, text: str, finish_word: str | None) -> dict[str, object]:
+def choice_body(
+    request: Request, index: int, text: str, finish_word: str | None, logprobs: dict[str, object] | None = None
+) -> dict[str, object]:
     """One choice of a whole answer."""
     said: dict[str, object] = (
         {"message": {"role": "assistant", "content": text}} if is_chat(request) else {"text": text}
     )
-    return {"index": index, **said, "finish_reason": finish_word}
+    return {
+        "index": index,
+        **said,
+        **({"logprobs": logprobs} if logprobs is not None else {}),
+        "finish_reason": finish_word,
+    }
 
 
 def is_chat(request: Request) -> bool:
@@ -59,9 +66,13 @@ def is_chat(request: Request) -> bool:
 def text_json(text: str) -> bytes:
     """A JSON string without any character that some client takes for the end of a line."""
     data = _encode(text)
-    if not text.isascii():
-        for char, escaped in _LINE_ENDS:
-            data = data.replace(char, escaped)
+    return data if text.isascii() else one_line(data)
+
+
+def one_line(data: bytes) -> bytes:
+    """The same JSON on one line for every client."""
+    for char, escaped in _LINE_ENDS:
+        data = data.replace(char, escaped)
     return data
 
 
@@ -92,6 +103,7 @@ class Events:
             if chat
             else (b'"text":', b',"finish_reason":null}]}\n\n')
         )
+        self._behind_text = b"}" if chat else b""
         self._last = b'"delta":{},' if chat else b'"text":"",'
         choices = range(request.input.sampling_options.n)
         self._before_text = [self._head(choice) + before for choice in choices]
@@ -99,13 +111,17 @@ class Events:
         self.openings = [self._head(choice) + role for choice in choices] if chat else []
         self.opening = b"".join(self.openings)
 
-    def text(self, choice: int, text: str) -> bytes:
+    def text(self, choice: int, text: str, logprobs: dict[str, object] | None = None) -> bytes:
         """An event with a piece of text, which is never empty."""
-        return self._before_text[choice] + text_json(text) + self._after_text
+        if logprobs is None:
+            return self._before_text[choice] + text_json(text) + self._after_text
+        said = self._behind_text + b"," + _logprobs(logprobs)
+        return self._before_text[choice] + text_json(text) + said + b'"finish_reason":null}]}\n\n'
 
-    def finish(self, choice: int, reason: FinishReason) -> bytes:
+    def finish(self, choice: int, reason: FinishReason, logprobs: dict[str, object] | None = None) -> bytes:
         """The last event of a choice."""
-        return self._head(choice) + self._last + b'"finish_reason":"' + FINISH_WORDS[reason].encode() + b'"}]}\n\n'
+        said = self._last if logprobs is None else self._last + _logprobs(logprobs)
+        return self._head(choice) + said + b'"finish_reason":"' + FINISH_WORDS[reason].encode() + b'"}]}\n\n'
 
     def usage(self, usage: Usage) -> bytes:
         """The event after the last choice for those who asked for it; it has no choices."""
@@ -113,3 +129,7 @@ class Events:
 
     def _head(self, choice: int) -> bytes:
         return b"data: " + self._base + b',"choices":[{"index":%d,' % choice
+
+
+def _logprobs(logprobs: dict[str, object]) -> bytes:
+    return b'"logprobs":' + one_line(_encode(logprobs)) + b","

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from api.event_ids import CERTAIN, COMPLETE, FINISHED, UNOPENED, Mark, Place
 from api.feed import Choices
+from api.logprobs import Logprobs
 from api.sse import Events
 from pipeline.protocol import Log, Request
 from pipeline.stream import TokenChunk, Usage
@@ -18,18 +19,26 @@ class Transcript:
     def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
         self.choices = Choices(tokenizer, request, by_token=True)
         self._events = Events(request)
+        self._logprobs = Logprobs(tokenizer, request)
         self._include_usage = request.include_usage
         self.opening = self._events.opening
 
     def encode(self, chunks: Sequence[TokenChunk]) -> bytes:
         """The events that these tokens make certain."""
-        events = self._events
+        if self._logprobs.are_asked:
+            return b"".join([self._encode((one,)) for one in one_by_one(chunks)])
+        return self._encode(chunks)
+
+    def _encode(self, chunks: Sequence[TokenChunk]) -> bytes:
+        events, logprobs = self._events, self._logprobs
+        for chunk in chunks if logprobs.are_asked else ():
+            logprobs.push(chunk)
         parts: list[bytes] = []
         for choice, text, reason in self.choices.push(chunks):
             if text:
-                parts.append(events.text(choice, text))
+                parts.append(events.text(choice, text, logprobs.take(choice)))
             if reason is not None:
-                parts.append(events.finish(choice, reason))
+                parts.append(events.finish(choice, reason, logprobs.take(choice)))
         return b"".join(parts)
 
     def usage(self, usage: Usage) -> bytes:
@@ -53,6 +62,7 @@ class NumberedTranscript(Transcript):
         for choice, mark in enumerate(place.marks):
             if mark.phase == CERTAIN:
                 self.choices.skip(choice, log.tokens[choice][: mark.tokens])
+                self._logprobs.skip(choice, log.tokens[choice][: mark.tokens])
             elif mark.phase == FINISHED:
                 self.choices.reasons[choice] = log.finished[choice]
 
@@ -67,13 +77,16 @@ class NumberedTranscript(Transcript):
         parts: list[bytes] = []
         for one in one_by_one(chunks):
             count = one.index + len(one.token_ids)
+            self._logprobs.push(one)
             for choice, text, reason in self.choices.push((one,)):
                 if text:
                     is_last = reason is not None or one.finish_reason is not None
                     phase = COMPLETE if is_last else CERTAIN
-                    parts.append(self._numbered(choice, Mark(count, phase), events.text(choice, text)))
+                    event = events.text(choice, text, self._logprobs.take(choice))
+                    parts.append(self._numbered(choice, Mark(count, phase), event))
                 if reason is not None:
-                    parts.append(self._numbered(choice, Mark(count, FINISHED), events.finish(choice, reason)))
+                    event = events.finish(choice, reason, self._logprobs.take(choice))
+                    parts.append(self._numbered(choice, Mark(count, FINISHED), event))
         return b"".join(parts)
 
     def usage(self, usage: Usage) -> bytes:
@@ -92,6 +105,5 @@ def one_by_one(chunks: Sequence[TokenChunk]) -> Iterator[TokenChunk]:
         if not chunk.token_ids:
             yield chunk
         last = len(chunk.token_ids) - 1
-        for offset, token_id in enumerate(chunk.token_ids):
-            reason = chunk.finish_reason if offset == last else None
-            yield TokenChunk(chunk.choice, chunk.index + offset, [token_id], reason)
+        for offset in range(len(chunk.token_ids)):
+            yield chunk.part(offset, offset + 1, chunk.finish_reason if offset == last else None)

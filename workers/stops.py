@@ -47,8 +47,13 @@ class StopStrings:
             return output
         if not text.accepted:
             return None
+        kept = slice(text.accepted)
         return msgspec.structs.replace(
-            output, token_ids=output.token_ids[: text.accepted], finish_reason=FinishReason.STOP
+            output,
+            token_ids=output.token_ids[kept],
+            finish_reason=FinishReason.STOP,
+            log_probs=output.log_probs and output.log_probs[kept],
+            top_logprobs=output.top_logprobs and output.top_logprobs[kept],
         )
 
     def cut_all(self, outputs: Sequence[LLMEngineOutput]) -> list[LLMEngineOutput]:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from pipeline.config import EngineSettings, PoolSettings, VllmSettings
-from pipeline.errors import EngineDied, Unservable
+from pipeline.errors import EngineDied, EngineError, Unservable
 from pipeline.protocol import BackendInput, FinishReason, KVHandle, LLMEngineOutput, Log
 from workers.engine import AsyncEngine, EngineInfo, EngineStats, Prefilled
 from workers.engines.paged.refusals import refuse_foreign, refuse_unserved
@@ -22,8 +22,9 @@ from workers.engines.vllm.core import Core, Load
 from workers.engines.vllm.counters import Counters
 from workers.engines.vllm.exchange import Exchange, Export, Fetch
 from workers.engines.vllm.futures import give
+from workers.engines.vllm.grammars import lead_through
 from workers.engines.vllm.jobs import Choice, Job
-from workers.engines.vllm.requests import params_of, prompt_of, unserved_fields
+from workers.engines.vllm.requests import params_of, priority_of, prompt_of, unserved_fields
 from workers.transfer import Transfer
 
 
@@ -214,7 +215,9 @@ class VllmEngine:
             ours = self._output_of(choice, output)
             if output.finish_reason is not None:
                 self._forget(choice)
-            if choice.job.is_joining:
+            if choice.job.is_joining and ours.finish_reason is FinishReason.ERROR:
+                choice.job.fail(failure_of(choice, ours))
+            elif choice.job.is_joining:
                 choice.job.outputs.append(ours)
             else:
                 outputs.append(ours)
@@ -228,9 +231,11 @@ class VllmEngine:
         error = None
         if output.finish_reason is not None and str(output.finish_reason) == "error":
             reason = FinishReason.ERROR
-            error = f"request {request.request_id}: vLLM gave up on it; its log has the reason"
+            why = choice.why or "its log has the reason"
+            error = f"request {request.request_id}, choice {choice.number}: vLLM gave up on it: {why}"
+        logprobs, top = logprobs_of(output, request.output_options.logprobs)
         return LLMEngineOutput(
-            request.request_id, choice.number, index, list(output.new_token_ids), reason, None, error
+            request.request_id, choice.number, index, list(output.new_token_ids), reason, logprobs, error, top
         )
 
     def _die(self, error: BaseException) -> None:
@@ -282,15 +287,18 @@ class VllmEngine:
         request = choice.job.request
         room = self.info.max_model_len - len(request.token_ids)
         most = min(request.stop_conditions.max_tokens or room, room) - len(choice.output)
-        params = params_of(request, choice.number, choice.output, max_tokens=max_tokens or most)
+        log = list(choice.output)
         try:
+            params = params_of(request, choice.number, log, max_tokens=max_tokens or most)
             core_request = self._vllm.input_processor.process_inputs(
-                choice.key, prompt_of(request, choice.output), params, self._supported
+                choice.key, prompt_of(request, log), params, self._supported, priority=priority_of(request)
             )
-        except ValueError as error:
+        except Unservable:
+            raise
+        except Exception as error:  # what vLLM finds wrong with a request has another class in each version
             raise Unservable(f"request {request.request_id}: {error}") from error
         assert self._core is not None
-        self._core.add(core_request)
+        self._core.add(core_request, lambda made: lead_through(made, log, choice.note))
 
     def _let_go(self, job: Job) -> None:
         """It has joined: what was held back leaves, and the rest as it comes."""
@@ -321,3 +329,22 @@ class VllmEngine:
             del self._jobs[job.request.request_id]
         job.cancel()
         self._abort(list(job.choices.values()))
+
+
+def logprobs_of(output: Any, asked: int | None) -> tuple[list[float] | None, list[list[tuple[int, float]]] | None]:
+    """The log probabilities of an output's tokens, and of the `asked` likeliest at each place.
+
+    vLLM gives a row for each token: itself, then the likeliest, as many as any request of the step has asked for.
+    """
+    rows = output.new_logprobs
+    if rows is None or asked is None:
+        return None, None
+    ids, values = rows.logprob_token_ids[:, : asked + 1].tolist(), rows.logprobs[:, : asked + 1].tolist()
+    tops = [list(zip(row_ids[1:], row[1:], strict=True)) for row_ids, row in zip(ids, values, strict=True)]
+    return [row[0] for row in values], tops
+
+
+def failure_of(choice: Choice, output: LLMEngineOutput) -> EngineError:
+    """Why a choice failed before it had joined. What is known beforehand will be so again: such a request is not tried again."""
+    said = output.error or ""
+    return Unservable(said) if choice.why else EngineError(said)

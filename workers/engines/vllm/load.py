@@ -21,6 +21,7 @@ for name, value in SETTINGS.items():
 import msgspec  # noqa: E402
 import torch  # noqa: E402
 import xxhash  # noqa: E402
+from transformers.utils.hub import cached_file  # noqa: E402
 from vllm import EngineArgs  # noqa: E402
 from vllm.config import KVTransferConfig  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
@@ -53,7 +54,8 @@ def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dic
     )
     ours: dict[str, Any] = {
         "model": model_place(pool.model),
-        "skip_tokenizer_init": True,
+        "tokenizer": model_place(pool.tokenizer or pool.model),
+        "skip_tokenizer_init": not has_tokenizer(pool.tokenizer or pool.model),  # without one only grammars are missing
         "generation_config": "vllm",
         "dtype": settings.dtype,
         "max_num_seqs": settings.max_num_seqs,
@@ -62,6 +64,7 @@ def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dic
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "enforce_eager": settings.enforce_eager,
         "kv_transfer_config": transfer,
+        "scheduling_policy": "priority",
         "logits_processors": [f"{sampling.__name__}:{sampling.KeyedSampling.__name__}"],
         "disable_log_stats": False,
     }
@@ -71,6 +74,18 @@ def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dic
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
     }
     return ours | {name: value for name, value in optional.items() if value} | more_arguments(settings.args)
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a model comes with a tokenizer."""
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    try:
+        return any(
+            cached_file(model_place(name), file, _raise_exceptions_for_missing_entries=False) is not None
+            for file in files
+        )
+    except OSError:
+        return False
 
 
 def more_arguments(text: str) -> dict[str, Any]:
