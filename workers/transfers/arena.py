@@ -143,6 +143,10 @@ class Arena:
         """The descriptor of the file and where in it a run begins, in bytes."""
         return self._fd, self._header.offset(run)
 
+    def memory(self) -> memoryview:
+        """The whole mapping."""
+        return memoryview(self._memory)
+
     def close(self) -> None:
         """Remove the file and give the memory back. A view that is still held keeps its memory, but no name, until it goes."""
         self.path.unlink(missing_ok=True)

@@ -86,6 +86,10 @@ class BlockStore:
         """Where its bytes lie for a system call: the arena's descriptor, which stays the store's, and the offset."""
         return self._open_arena().place(export.run)
 
+    def memory(self) -> memoryview:
+        """All of the arena, header and generations included, as it lies in this process."""
+        return self._open_arena().memory()
+
     def release(self, handle_id: str) -> None:
         """Free an export: its generation is void from here on. Unknown ids are ignored."""
         if (export := self._exports.pop(handle_id, None)) is not None:
