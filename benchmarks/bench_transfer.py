@@ -1,4 +1,4 @@
-"""Transfers beside plain copies of the same size, in the same run: `python -m benchmarks.bench_transfer [shm] [tcp]`.
+"""Transfers beside plain copies of the same size, in the same run: `python -m benchmarks.bench_transfer [shm] [tcp] [nixl]`.
 
 Two processes, as in service: this one exports, a child fetches. All private buffers rotate through pools larger than the
 last-level cache, for the reference and the transfer alike; pools and arena are touched before the clock starts; each process
@@ -12,11 +12,15 @@ private buffers in the same process.
 
 tcp: the reference is a bare copy over a socket of the loopback: `sendfile` from shared memory here, `recv_into` there, nothing else.
 - `fetch`: the whole `fetch`, digests and the copy into the blocks included; the target is 0.70 of the reference from 8 MiB on
+
+nixl, where it is installed: the same, with the same reference. On one host UCX copies out of the other process's memory;
+`UCX_TLS=tcp` keeps it to what it has between hosts without RDMA.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import multiprocessing
 import os
 import socket
@@ -33,19 +37,19 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import TransferSettings
+from pipeline.config import NixlSettings, TransferSettings
 from pipeline.protocol import KVHandle
 from workers.transfers.block_transfer import BlockTransfer
 
 KIB, MIB = 1024, 1_048_576
 SIZES = {"256 KiB": 256 * KIB, "1 MiB": MIB, "8 MiB": 8 * MIB, "64 MiB": 64 * MIB, "256 MiB": 256 * MIB}
-LARGEST = {"shm": 64 * MIB, "tcp": 256 * MIB}
-POOL_BYTES = {"shm": 128 * MIB, "tcp": 256 * MIB}
+LARGEST = {"shm": 64 * MIB, "tcp": 256 * MIB, "nixl": 256 * MIB}
+POOL_BYTES = {"shm": 128 * MIB, "tcp": 256 * MIB, "nixl": 256 * MIB}
 ROUND_BYTES = 2048 * MIB  # about so much goes through each copy
-TARGET, TARGET_FROM_BYTES = 0.70, {"shm": 0, "tcp": 8 * MIB}
+TARGET, TARGET_FROM_BYTES = 0.70, {"shm": 0, "tcp": 8 * MIB, "nixl": 8 * MIB}
 
 Buffer = npt.NDArray[np.uint8]
-Kind = Literal["shm", "tcp"]
+Kind = Literal["shm", "tcp", "nixl"]
 
 
 class Pool:
@@ -136,7 +140,7 @@ def run_kind(kind: Kind) -> list[dict[str, Any]]:
     cores = os.sched_getaffinity(0)
     with TemporaryDirectory(dir="/dev/shm") as place:
         ours, theirs = multiprocessing.Pipe()
-        plain = PlainSender(place, LARGEST[kind] if kind == "tcp" else 0)
+        plain = PlainSender(place, LARGEST[kind] if kind != "shm" else 0)
         child = multiprocessing.get_context("spawn").Process(target=fetch_all, args=(theirs, kind, place, plain.port))
         child.start()
         theirs.close()
@@ -157,7 +161,9 @@ def stay_on_core(number: int) -> None:
 
 
 def settings_for(kind: Kind, place: str) -> TransferSettings:
-    return TransferSettings(kind=kind, dir=place, arena_bytes=LARGEST[kind] * (1 if kind == "tcp" else 4))
+    arena_bytes = LARGEST[kind] * (4 if kind == "shm" else 1)
+    nixl = NixlSettings(staging_bytes=LARGEST[kind] + MIB)  # the proof of what was read is read, too
+    return TransferSettings(kind=kind, dir=place, arena_bytes=arena_bytes, nixl=nixl)
 
 
 async def export_all(child: Connection, kind: Kind, place: str) -> list[dict[str, Any]]:
@@ -214,7 +220,7 @@ def fetch_all(parent: Connection, kind: Kind, place: str, port: int) -> None:
             source, target = (pool.take(handle.nbytes) for pool in pools)
             memcpy_s = timed(lambda source=source, target=target: np.copyto(target, source))
             target = pools[1].take(handle.nbytes)
-            plain_s = timed(lambda target=target: plain.receive(target)) if kind == "tcp" else 0.0
+            plain_s = timed(lambda target=target: plain.receive(target)) if kind != "shm" else 0.0
             blocks = Blocks(pools[1].take(handle.nbytes))
             start = perf_counter()
             await transfer.fetch(handle, blocks)
@@ -252,7 +258,11 @@ def tcp_pairs(seconds: dict[str, float]) -> list[Pair]:
     return [Pair("fetch", seconds["fetch call"], seconds["plain"], has_target=True)]
 
 
-PAIRS: dict[Kind, Callable[[dict[str, float]], list[Pair]]] = {"shm": shm_pairs, "tcp": tcp_pairs}
+PAIRS: dict[Kind, Callable[[dict[str, float]], list[Pair]]] = {
+    "shm": shm_pairs,
+    "tcp": tcp_pairs,
+    "nixl": tcp_pairs,
+}
 
 
 def rows_of(kind: Kind, size: str, nbytes: int, pairs: Iterable[Pair]) -> list[dict[str, Any]]:
@@ -270,7 +280,8 @@ def rows_of(kind: Kind, size: str, nbytes: int, pairs: Iterable[Pair]) -> list[d
 
 
 def main() -> None:
-    kinds = [kind for kind in LARGEST if kind in sys.argv[1:]] or list(LARGEST)
+    usable = [kind for kind in LARGEST if kind != "nixl" or importlib.util.find_spec("nixl")]
+    kinds = [kind for kind in usable if kind in sys.argv[1:]] or usable
     print(f"{'':26}{'transfer':>9}{'plain copy':>12}{'ratio':>8}    load {os.getloadavg()[0]:.1f}")
     for row in run(kinds):
         met = (

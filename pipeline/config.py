@@ -183,16 +183,25 @@ class TcpSettings(Section, frozen=True, kw_only=True):
     staging_bytes: Count = 268_435_456  # memory for blocks that arrive; more wait in turn
 
 
+class NixlSettings(Section, frozen=True, kw_only=True):
+    """`[transfer.nixl]`"""
+
+    backend: str = "UCX"  # NIXL's plugin
+    timeout_s: Positive = 10.0  # longest wait for the other side to go on
+    staging_bytes: Count = 268_435_456  # memory for blocks that arrive; more wait in turn
+
+
 class TransferSettings(Section, frozen=True, kw_only=True):
     """`[transfer]`"""
 
-    kind: Literal["auto", "cuda_ipc", "shm", "tcp"] = "auto"
+    kind: Literal["auto", "cuda_ipc", "shm", "nixl", "tcp"] = "auto"
     arena_bytes: Count = 268_435_456  # shared memory of one prefill worker
     cuda_arena_bytes: Annotated[int, Meta(ge=0)] = 0  # memory of its GPU for the same; 0: a twentieth
     slab_bytes: Count = 65_536
     dir: str = "/dev/shm"
     verify: bool = False  # content digest in each handle
     tcp: TcpSettings = TcpSettings()
+    nixl: NixlSettings = NixlSettings()
 
 
 class LogSettings(Section, frozen=True, kw_only=True):

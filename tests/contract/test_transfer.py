@@ -13,14 +13,14 @@ import pytest
 
 from pipeline.errors import KVLost, TransferError, WireError
 from pipeline.protocol import KVHandle
-from tests.contract.transfer_blocks import ARENA, LAYOUT, SLAB, TRANSFERS, Bytes, Factory, Sink
+from tests.contract.transfer_blocks import ARENA, KINDS, LAYOUT, SLAB, TRANSFERS, Bytes, Factory, Sink
 from workers.transfer import Transfer
 
 MIB = 1_048_576
 SIZES = [0, 1, 4095, SLAB - 1, SLAB, SLAB + 1, 5 * SLAB + 7, MIB, MIB + 1, ARENA]
 
 
-@pytest.fixture(params=list(TRANSFERS))
+@pytest.fixture(params=KINDS)
 def factory(request: pytest.FixtureRequest) -> Factory:
     return TRANSFERS[request.param]
 

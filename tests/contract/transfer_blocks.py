@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -14,8 +15,9 @@ from typing import Any, Literal, Protocol
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import pytest
 
-from pipeline.config import TcpSettings, TransferSettings
+from pipeline.config import NixlSettings, TcpSettings, TransferSettings
 from pipeline.errors import KVLost, WireError
 from pipeline.protocol import KVHandle
 from workers.transfer import Transfer
@@ -26,8 +28,9 @@ LAYOUT = "test-layout"
 SLAB = 65_536
 ARENA = 64 * SLAB  # 4 MiB: exports of more than a quarter of it are copied in a thread
 TCP = TcpSettings(staging_bytes=2 * ARENA)
+NIXL = NixlSettings(staging_bytes=3 * ARENA, timeout_s=5.0)
 
-Kind = Literal["auto", "shm", "tcp"]
+Kind = Literal["auto", "shm", "nixl", "tcp"]
 
 
 class Bytes:
@@ -72,27 +75,43 @@ class Factory(Protocol):
 
 def transfer_of(
     kind: Kind, place: Path, owner: str, *, verify: bool = True, exports: bool = True, tcp: TcpSettings | None = None,
-    arena_bytes: int = ARENA,
+    nixl: NixlSettings = NIXL, arena_bytes: int = ARENA,
 ) -> BlockTransfer:  # fmt: skip
     """A transfer of a kind, small. `place` is the folder of its shared memory."""
     settings = TransferSettings(
-        kind=kind, dir=str(place), arena_bytes=arena_bytes, slab_bytes=SLAB, verify=verify, tcp=tcp or TCP
+        kind=kind,
+        dir=str(place),
+        arena_bytes=arena_bytes,
+        slab_bytes=SLAB,
+        verify=verify,
+        tcp=tcp or TCP,
+        nixl=nixl,
     )
     return BlockTransfer(settings, owner, exports=exports)
 
 
+requires_nixl = [
+    pytest.mark.nixl,
+    pytest.mark.skipif(
+        importlib.util.find_spec("nixl") is None, reason="NIXL is not installed here: make test-vllm has it"
+    ),
+]
+
 shm = partial(transfer_of, "shm")
 tcp = partial(transfer_of, "tcp")
-TRANSFERS: dict[str, Factory] = {kind: partial(transfer_of, kind) for kind in ("shm", "tcp", "auto")}
+TRANSFERS: dict[str, Factory] = {kind: partial(transfer_of, kind) for kind in ("shm", "tcp", "nixl", "auto")}
+KINDS = [pytest.param(kind, marks=requires_nixl if kind == "nixl" else ()) for kind in TRANSFERS]
 
 
 @asynccontextmanager
 async def running(
     kind: Kind, place: Path, owner: str = "prefill", *, verify: bool = True, exports: bool = True,
-    tcp: TcpSettings | None = None, arena_bytes: int = ARENA,
+    tcp: TcpSettings | None = None, nixl: NixlSettings = NIXL, arena_bytes: int = ARENA,
 ) -> AsyncIterator[BlockTransfer]:  # fmt: skip
     """A transfer that is started, and closed at the end."""
-    transfer = transfer_of(kind, place, owner, verify=verify, exports=exports, tcp=tcp, arena_bytes=arena_bytes)
+    transfer = transfer_of(
+        kind, place, owner, verify=verify, exports=exports, tcp=tcp, nixl=nixl, arena_bytes=arena_bytes
+    )
     await transfer.start()
     try:
         yield transfer

@@ -1,6 +1,6 @@
 """A process that exports, for tests that kill it: exports blocks, prints the handle, waits for stdin to end, closes.
 
-`python -m tests.contract.transfer_owner shm|tcp|auto FOLDER BYTES SEED`
+`python -m tests.contract.transfer_owner shm|tcp|nixl|auto FOLDER BYTES SEED`
 """
 
 from __future__ import annotations

@@ -21,12 +21,13 @@ from workers.transfers import offers
 from workers.transfers.copies import CopyThreads
 from workers.transfers.offers import AUTO, Offer
 from workers.transfers.store import BlockStore, Export
-from workers.transfers.way import Unusable, Way, WayFactory
+from workers.transfers.way import Absent, Unusable, Way, WayFactory
 from workers.transfers.ways.tcp.way import TcpWay
 
 WAYS = {  # best first
     "cuda_ipc": "workers.transfers.ways.cuda_ipc",
     "shm": "workers.transfers.ways.shm",
+    "nixl": "workers.transfers.ways.nixl.way",
     "tcp": "workers.transfers.ways.tcp.way",
 }
 ON_DEVICE = {"cuda_ipc"}  # those that take the bytes from the owner's GPU
@@ -66,7 +67,8 @@ class BlockTransfer:
             except Unusable as error:
                 if self._settings.kind != AUTO:
                     raise TransferError(f"transfer.kind = {kind}: {error}") from error
-                log.warning("blocks do not move by %s here: %s", kind, error)
+                level = logging.DEBUG if isinstance(error, Absent) else logging.WARNING
+                log.log(level, "blocks do not move by %s here: %s", kind, error)
                 await self._ways.pop(kind).close()
         if not self._ways:
             raise TransferError(f"blocks can move by none of {', '.join(WAYS)} here")

@@ -3,6 +3,7 @@
     transfer  params
     "shm"     {"arena": ..., "first": ..., "count": ..., "generation": ...}                one way, as ever
     "tcp"     {"host": ..., "port": ..., "key": ..., "generation": ...}                    one way
+    "nixl"    {"agent": ..., "metadata": ..., "arena": ..., "base": ..., ...}              one way
     "auto"    {"offers": [{"way": "shm", "params": {...}}, {"way": "tcp", "params": ...}]} several, best first
 
 A worker from before there were offers knows no transfer "auto": it refuses the handle with a `WireError` and recomputes.

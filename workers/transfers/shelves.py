@@ -98,6 +98,10 @@ class HostShelf(Shelf):
         """See `Shelf.memory`."""
         return self._arena.view(placed.run, nbytes)
 
+    def whole(self) -> memoryview:
+        """All of the arena's memory."""
+        return self._arena.whole()
+
     def place(self, placed: Placed) -> tuple[int, int]:
         """Where its bytes lie for a system call: the arena's descriptor, which stays the arena's, and the offset."""
         return self._arena.place(placed.run)

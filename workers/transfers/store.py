@@ -111,6 +111,11 @@ class BlockStore:
         assert export.host is not None
         return self._host.memory(export.host, export.nbytes)
 
+    def memory(self) -> memoryview:
+        """All of the arena in host memory, header and generations included."""
+        assert self._host is not None
+        return self._host.whole()
+
     def place(self, export: Export) -> tuple[int, int]:
         """Where its bytes lie for a system call: the arena's descriptor, which stays the store's, and the offset."""
         assert self._host is not None

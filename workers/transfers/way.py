@@ -27,6 +27,10 @@ class Unusable(Exception):
     """This way cannot be used here, or not to this owner; the message says why."""
 
 
+class Absent(Unusable):
+    """This machine has not what the way is for, which is no news to anybody: `auto` goes on without a word."""
+
+
 class Way(Protocol):
     """See the module's docstring. Used from one event loop."""
 

@@ -29,7 +29,7 @@ RESOLVE_LIMIT_S, RESOLVE_PAUSE_S = 30.0, 0.5  # the name of a Redis that starts 
 
 async def with_addresses(settings: TransferSettings, redis_url: str) -> TransferSettings:
     """The settings with `tcp.host` and `tcp.advertise` filled in. Raises `TransferError` naming the one that must be set."""
-    if settings.kind == "shm":
+    if settings.kind not in ("auto", "tcp"):
         return settings
     host, advertise = settings.tcp.host, settings.tcp.advertise
     if not host or (_is_wildcard(host) and not advertise):

@@ -24,11 +24,11 @@ from workers.transfer import BlockSink
 from workers.transfers.copies import CopyThreads
 from workers.transfers.store import BlockStore, Export, digest_of
 from workers.transfers.way import AskToFill, Unusable, Way, read_params
+from workers.transfers.ways.staging import Staging
 from workers.transfers.ways.tcp.frames import HANDLE_ID, TAIL_BYTES, Request, Status, read_tail
 from workers.transfers.ways.tcp.handshake import KEY_BYTES, Stranger
 from workers.transfers.ways.tcp.owners import Owner, Owners
 from workers.transfers.ways.tcp.server import BlockServer
-from workers.transfers.ways.tcp.staging import Staging
 
 MIN_PART_BYTES = 4_194_304  # a part of a handle that is worth a connection of its own
 
