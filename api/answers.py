@@ -222,16 +222,18 @@ class WholeAnswer(Answer):
         request = asked(feed.stream)
         choices = Choices(self._pool.preprocessor.tokenizer, request, by_token=False)
         texts: list[list[str]] = [[] for _ in choices.reasons]
+        tokens: list[list[int]] = [[] for _ in choices.reasons]
         while (chunks := await feed.next()) is not None:
             self._note_first(feed.stream)
-            for choice, text, _ in choices.push(chunks):
+            for choice, text, token_ids, _ in choices.push(chunks):
                 texts[choice].append(text)
+                tokens[choice] += token_ids
         failure = self._failure(feed.stream, choices)
         if failure is not None:
             raise failure
         assert feed.stream.ended is not None
         said = [
-            choice_body(request, index, "".join(parts), FINISH_WORDS[reason])
+            choice_body(request, index, "".join(parts), tokens[index], FINISH_WORDS[reason])
             for index, (parts, reason) in enumerate(zip(texts, choices.reasons, strict=True))
             if reason is not None
         ]

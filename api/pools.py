@@ -13,14 +13,14 @@ from pipeline.config import EngineSettings, MockSettings, PoolSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
 from pipeline.preprocess import Preprocessor
-from pipeline.tokenizer import Tokenizer
+from pipeline.tokenizer import NoTokenizer, Tokenizer
 
 
 @contextlib.asynccontextmanager
 async def open_pool(name: str, settings: Settings, connection: Connection, process: str) -> AsyncIterator[ServedPool]:
     """The pool `name` of `settings`, its client named `process`. Raises ConfigError and RedisUnavailable."""
     pool = settings.pools[name]
-    tokenizer = await asyncio.to_thread(load_tokenizer, pool.tokenizer or pool.model)
+    tokenizer = await asyncio.to_thread(load_tokenizer, pool)
     preprocessor = Preprocessor(
         tokenizer,
         model=name,
@@ -40,9 +40,11 @@ async def open_pool(name: str, settings: Settings, connection: Connection, proce
         yield ServedPool(name, preprocessor, client, int(time.time()))
 
 
-def load_tokenizer(source: str) -> Tokenizer:
+def load_tokenizer(pool: PoolSettings) -> Tokenizer | NoTokenizer:
     """A tokenizer that is ready: what it makes on first use is made, so that no request waits for it."""
-    tokenizer = Tokenizer.load(source)
+    if not pool.has_tokenizer:
+        return NoTokenizer.load(pool.model)
+    tokenizer = Tokenizer.load(pool.tokenizer_source)
     tokenizer.token_bytes(skip_special_tokens=True)
     return tokenizer
 

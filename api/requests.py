@@ -98,11 +98,11 @@ def _choices(found: Found) -> list[dict[str, Any]]:
     choices = Choices(found.pool.preprocessor.tokenizer, found.request, by_token=False)
     texts = ["" for _ in log.tokens]
     for choice, (tokens, reason) in enumerate(zip(log.tokens, log.finished, strict=True)):
-        for _, text, _ in choices.push((TokenChunk(choice, 0, tokens, reason),)):
+        for _, text, _, _ in choices.push((TokenChunk(choice, 0, tokens, reason),)):
             texts[choice] += text
     words = [FINISH_WORDS[reason] if reason is not None else None for reason in choices.reasons]
     return [
-        choice_body(found.request, index, text, word)
+        choice_body(found.request, index, text, log.tokens[index], word)
         for index, (text, word) in enumerate(zip(texts, words, strict=True))
     ]
 

@@ -6,6 +6,8 @@ one line without a blank one behind it, and an end that says so: `[DONE]` after 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from api.errors import error_json
@@ -19,6 +21,7 @@ PING = b": ping\n"  # with a blank line it would be an empty event to clients th
 FINISH_WORDS = {FinishReason.EOS: "stop", FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 SERVICE_TIER = "service_tier:"  # in front of the tier that is told, among the annotations of a request
+RETURN_TOKEN_IDS = "return_token_ids"  # the annotation of a request whose answer tells its tokens
 
 _LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 _encode = msgspec.json.Encoder().encode
@@ -43,11 +46,20 @@ def answer_head(request: Request, kind: str) -> dict[str, object]:
     return head
 
 
-def choice_body(request: Request, index: int, text: str, finish_word: str | None) -> dict[str, object]:
+def tells_tokens(request: Request) -> bool:
+    """Whether the answer tells token ids beside the text."""
+    return RETURN_TOKEN_IDS in request.input.annotations
+
+
+def choice_body(
+    request: Request, index: int, text: str, token_ids: Sequence[int], finish_word: str | None
+) -> dict[str, object]:
     """One choice of a whole answer."""
     said: dict[str, object] = (
         {"message": {"role": "assistant", "content": text}} if is_chat(request) else {"text": text}
     )
+    if tells_tokens(request):
+        said |= {"token_ids": token_ids, "prompt_token_ids": request.input.token_ids}
     return {"index": index, **said, "finish_reason": finish_word}
 
 
@@ -99,7 +111,7 @@ class Events:
         self.openings = [self._head(choice) + role for choice in choices] if chat else []
         self.opening = b"".join(self.openings)
 
-    def text(self, choice: int, text: str) -> bytes:
+    def piece(self, choice: int, text: str, token_ids: Sequence[int] = ()) -> bytes:
         """An event with a piece of text, which is never empty."""
         return self._before_text[choice] + text_json(text) + self._after_text
 
@@ -113,3 +125,30 @@ class Events:
 
     def _head(self, choice: int) -> bytes:
         return b"data: " + self._base + b',"choices":[{"index":%d,' % choice
+
+
+class TokenEvents(Events):
+    """The same with the token ids of each piece, and those of the prompt in the first event of each choice, as vLLM tells them.
+
+    `is_begun`: the choices whose first event somebody else has sent.
+    """
+
+    def __init__(self, request: Request, is_begun: Sequence[bool]) -> None:
+        super().__init__(request)
+        prompt = b',"prompt_token_ids":' + _encode(request.input.token_ids)
+        self._prompt = [b"" if begun else prompt for begun in is_begun]
+
+    def piece(self, choice: int, text: str, token_ids: Sequence[int] = ()) -> bytes:
+        """An event with tokens; their text may be empty."""
+        told = b',"token_ids":' + _encode(token_ids) + self._prompt_once(choice)
+        return self._before_text[choice] + text_json(text) + told + self._after_text
+
+    def finish(self, choice: int, reason: FinishReason) -> bytes:
+        """The last event of a choice: its tokens have been told."""
+        told = b'"token_ids":[]' + self._prompt_once(choice) + b","
+        word = b'"finish_reason":"' + FINISH_WORDS[reason].encode() + b'"}]}\n\n'
+        return self._head(choice) + self._last + told + word
+
+    def _prompt_once(self, choice: int) -> bytes:
+        prompt, self._prompt[choice] = self._prompt[choice], b""
+        return prompt
