@@ -224,18 +224,20 @@ class WholeAnswer(Answer):
         choices = Choices(self._pool.preprocessor.tokenizer, request, by_token=False)
         logprobs = Logprobs(self._pool.preprocessor.tokenizer, request)
         texts: list[list[str]] = [[] for _ in choices.reasons]
+        tokens: list[list[int]] = [[] for _ in choices.reasons]
         while (chunks := await feed.next()) is not None:
             self._note_first(feed.stream)
             for chunk in chunks:
                 logprobs.push(chunk)
-            for choice, text, _ in choices.push(chunks):
+            for choice, text, token_ids, _ in choices.push(chunks):
                 texts[choice].append(text)
+                tokens[choice] += token_ids
         failure = self._failure(feed.stream, choices)
         if failure is not None:
             raise failure
         assert feed.stream.ended is not None
         said = [
-            choice_body(request, index, "".join(parts), FINISH_WORDS[reason], logprobs.take(index))
+            choice_body(request, index, "".join(parts), tokens[index], FINISH_WORDS[reason], logprobs.take(index))
             for index, (parts, reason) in enumerate(zip(texts, choices.reasons, strict=True))
             if reason is not None
         ]

@@ -46,7 +46,8 @@ class ChatMessage(msgspec.Struct):
 
 
 class Common(msgspec.Struct, kw_only=True):
-    """Fields of both kinds of request that Baton honours, then those that it refuses unless they ask for nothing."""
+    """Fields of both kinds of request that Baton honours (chats without `return_token_ids`), then those that it refuses unless they
+    ask for nothing."""
 
     model: str
     max_tokens: Count | None = None
@@ -61,6 +62,7 @@ class Common(msgspec.Struct, kw_only=True):
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
@@ -155,6 +157,8 @@ def chat_body(raw: bytes) -> ChatBody:
     """Decode and check a chat request. Raises InvalidRequest with the path of the first thing that is wrong."""
     body: ChatBody = _decode(_chat_decoder, raw)
     _check_common(body)
+    if body.return_token_ids:
+        raise _unsupported("return_token_ids")
     for position, message in enumerate(body.messages):
         if message.tool_calls:
             raise _unsupported(f"messages[{position}].tool_calls")

@@ -28,7 +28,7 @@ from api.bodies import (
 )
 from api.headers import treatment
 from api.service import ServedPool, Service
-from api.sse import SERVICE_TIER
+from api.sse import RETURN_TOKEN_IDS, SERVICE_TIER
 from api.transcript import NumberedTranscript, Transcript
 from pipeline.errors import InvalidRequest
 from pipeline.ids import new_request_id
@@ -66,7 +66,8 @@ def generation_routes(service: Service) -> APIRouter:
         check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
-            return pool.preprocessor.completion(request_id, single_prompt(body), wanted(body))
+            ready = pool.preprocessor.completion(request_id, single_prompt(body), wanted(body))
+            return annotated(ready, RETURN_TOKEN_IDS) if body.return_token_ids else ready
 
         return await _answer(service, pool, http, body, "text_completion", prepare, len(raw))
 
@@ -87,7 +88,7 @@ async def _answer(
     ready = prepare(request_id) if body_bytes <= INLINE_BYTES else await asyncio.to_thread(prepare, request_id)
     lane = lane_of(body.priority, body.service_tier)
     if body.service_tier is not None:
-        ready = replace(ready, annotations=[f"{SERVICE_TIER}{TIER_OF_LANE[lane]}"])
+        ready = annotated(ready, f"{SERVICE_TIER}{TIER_OF_LANE[lane]}")
     options = body.stream_options
     request = Request(
         id=request_id,
@@ -107,6 +108,11 @@ async def _answer(
         return WholeAnswer(service, pool, opening)
     transcript = NumberedTranscript.from_start if treat.resumable else Transcript
     return StreamedAnswer(service, pool, opening, functools.partial(transcript, pool.preprocessor.tokenizer))
+
+
+def annotated(ready: BackendInput, annotation: str) -> BackendInput:
+    """The same input with one more annotation: every replica reads them, workers do not."""
+    return replace(ready, annotations=[*ready.annotations, annotation])
 
 
 def idempotency_key(owner: str, kind: str, key: str) -> str:

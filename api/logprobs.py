@@ -9,7 +9,7 @@ from api.sse import is_chat
 from pipeline.logprobs import TokenLogprob, record_bytes, unpack_logprobs
 from pipeline.protocol import Request
 from pipeline.stream import TokenChunk
-from pipeline.tokenizer import Tokenizer
+from pipeline.tokenizer import NoTokenizer, Tokenizer
 
 LEAST = -9999.0  # of what cannot come at all: JSON has no infinity
 
@@ -19,7 +19,7 @@ Entry = tuple[int, TokenLogprob | None]  # a token; None where Redis lost what w
 class Logprobs:
     """Those of all choices of a request; what was pushed is kept until it is taken. Where none are asked for it gives None."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+    def __init__(self, tokenizer: Tokenizer | NoTokenizer, request: Request) -> None:
         self._tokenizer = tokenizer
         self._is_chat = is_chat(request)
         self._record_bytes = record_bytes(request.input)
@@ -90,6 +90,8 @@ class Logprobs:
         return self._bytes(token_id).decode("utf-8", "replace")
 
     def _bytes(self, token_id: int) -> bytes:
+        if isinstance(self._tokenizer, NoTokenizer):
+            return b"token_id:%d" % token_id  # as vLLM shows tokens that have no text
         table = self._tokenizer.token_bytes(skip_special_tokens=False)
         if table is not None:
             return table[token_id] if token_id < len(table) else b""  # padding rows are no token's

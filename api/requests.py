@@ -103,11 +103,11 @@ def _choices(found: Found) -> list[dict[str, Any]]:
     for choice, (tokens, reason) in enumerate(zip(log.tokens, log.finished, strict=True)):
         chunk = TokenChunk(choice, 0, tokens, reason, records_between(records[choice], 0, len(tokens), size))
         logprobs.push(chunk)
-        for _, text, _ in choices.push((chunk,)):
+        for _, text, _, _ in choices.push((chunk,)):
             texts[choice] += text
     words = [FINISH_WORDS[reason] if reason is not None else None for reason in choices.reasons]
     return [
-        choice_body(found.request, index, text, word, logprobs.take(index))
+        choice_body(found.request, index, text, log.tokens[index], word, logprobs.take(index))
         for index, (text, word) in enumerate(zip(texts, words, strict=True))
     ]
 

@@ -58,6 +58,8 @@ def completion(**fields: Any) -> bytes:
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tools": [{}]}, "tools"),
+        ({"return_token_ids": True}, "return_token_ids"),
+        ({"return_token_ids": 1}, "return_token_ids"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
