@@ -32,7 +32,7 @@ from api.sse import RETURN_TOKEN_IDS, SERVICE_TIER
 from api.transcript import NumberedTranscript, Transcript
 from pipeline.errors import InvalidRequest
 from pipeline.ids import new_request_id
-from pipeline.protocol import BackendInput, Request
+from pipeline.protocol import BackendInput, Request, RoutingHints
 from pipeline.routing import TIER_OF_LANE, lane_of
 
 INLINE_BYTES = 16_384  # longer bodies are tokenized in a thread, so that they do not hold up the streams
@@ -86,6 +86,8 @@ async def _answer(
     treat = treatment(http.headers)
     request_id = new_request_id(pool.name)
     ready = prepare(request_id) if body_bytes <= INLINE_BYTES else await asyncio.to_thread(prepare, request_id)
+    if body.model != pool.name:
+        ready = under_lora(ready, body.model)
     lane = lane_of(body.priority, body.service_tier)
     if body.service_tier is not None:
         ready = annotated(ready, f"{SERVICE_TIER}{TIER_OF_LANE[lane]}")
@@ -113,6 +115,11 @@ async def _answer(
 def annotated(ready: BackendInput, annotation: str) -> BackendInput:
     """The same input with one more annotation: every replica reads them, workers do not."""
     return replace(ready, annotations=[*ready.annotations, annotation])
+
+
+def under_lora(ready: BackendInput, name: str) -> BackendInput:
+    """The same request for an adapter of the pool's model, which is what the answer says it came from."""
+    return replace(ready, model=name, routing=replace(ready.routing or RoutingHints(), lora_name=name))
 
 
 def idempotency_key(owner: str, kind: str, key: str) -> str:

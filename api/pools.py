@@ -13,6 +13,7 @@ from pipeline.config import EngineSettings, MockSettings, PoolSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
 from pipeline.features import LOGPROBS, is_served
+from pipeline.loras import loras_of
 from pipeline.preprocess import Preprocessor
 from pipeline.tokenizer import NoTokenizer, Tokenizer
 
@@ -21,6 +22,7 @@ from pipeline.tokenizer import NoTokenizer, Tokenizer
 async def open_pool(name: str, settings: Settings, connection: Connection, process: str) -> AsyncIterator[ServedPool]:
     """The pool `name` of `settings`, its client named `process`. Raises ConfigError and RedisUnavailable."""
     pool = settings.pools[name]
+    loras = tuple(loras_of(pool))
     tokenizer = await asyncio.to_thread(load_tokenizer, pool)
     preprocessor = Preprocessor(
         tokenizer,
@@ -38,7 +40,7 @@ async def open_pool(name: str, settings: Settings, connection: Connection, proce
         buffer_items=settings.api.stream_buffer_items,
         silence_s=settings.api.silence_s,
     ) as client:
-        yield ServedPool(name, preprocessor, client, int(time.time()), pool.engine)
+        yield ServedPool(name, preprocessor, client, int(time.time()), pool.engine, loras)
 
 
 def load_tokenizer(pool: PoolSettings) -> Tokenizer | NoTokenizer:

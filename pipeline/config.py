@@ -41,6 +41,7 @@ class PoolSettings(Section, frozen=True, kw_only=True):
     engine: Literal["torch", "vllm", "mock"] = "torch"
     tokenizer: str = ""  # empty: the model's own; "none": token ids in, token ids out
     max_model_len: Amount = 0  # 0: what the model says
+    loras: str = ""  # NAME=FOLDER NAME2=FOLDER2: adapters of the model, each a model of its own in the API
 
     @property
     def has_tokenizer(self) -> bool:

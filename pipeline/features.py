@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pipeline.errors import InvalidRequest
 
-GUIDED_DECODING, LOGPROBS = "guided_decoding", "logprobs"
+GUIDED_DECODING, LOGPROBS, LORA = "guided_decoding", "logprobs", "lora"
 
-SERVED: dict[str, frozenset[str]] = {"vllm": frozenset({GUIDED_DECODING, LOGPROBS})}  # by engine; of the others none
+SERVED: dict[str, frozenset[str]] = {
+    "vllm": frozenset({GUIDED_DECODING, LOGPROBS, LORA})
+}  # by engine; of the others none
 
 
 def is_served(engine: str, feature: str) -> bool:

@@ -63,13 +63,19 @@ def held(stats: EngineStats) -> tuple[int, int, int, int]:
 
 
 @contextlib.asynccontextmanager
-async def child(name: str, place: Path, model: str = BUILTIN_MODEL, **fields: Any) -> AsyncIterator[Running]:
+async def child(
+    name: str, place: Path, model: str = BUILTIN_MODEL, loras: str = "", **fields: Any
+) -> AsyncIterator[Running]:
     """An engine in a process of its own; `fields` are of `[engine.vllm]`."""
     settings = VllmSettings(**{**SMALL, **fields})
     transfer = TransferSettings(dir=str(place), arena_bytes=ARENA_BLOCKS * 163840 + 65536, verify=True)
-    pool = PoolSettings(model=model, engine="vllm", max_model_len=2048)
+    pool = PoolSettings(model=model, engine="vllm", max_model_len=2048, loras=loras)
     engine = ChildEngine(name, pool, EngineSettings(vllm=settings), transfer, exports=True)
-    await engine.start()
+    try:
+        await engine.start()
+    except BaseException:
+        await engine.close()
+        raise
     running = Running(engine)  # type: ignore[arg-type]
     try:
         yield running

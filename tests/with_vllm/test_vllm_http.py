@@ -17,6 +17,7 @@ import pytest_asyncio
 from pipeline.redis_server import RedisServer
 from tests.serving import Served, serving
 from tests.system import POOL
+from tests.with_vllm.adapters import write_adapter
 from tests.with_vllm.settings import VLLM, requires_vllm
 
 pytestmark = [pytest.mark.vllm, requires_vllm, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
@@ -34,7 +35,8 @@ BY_SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "story", "schem
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served(default_redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
     place = tmp_path_factory.mktemp("served")
-    async with serving(default_redis_server, place, *VLLM, "worker.lease_s=3") as served:
+    loras = f"pools.{POOL}.loras=story={write_adapter(place / 'story', 1, 0.3)}"
+    async with serving(default_redis_server, place, *VLLM, loras, "worker.lease_s=3") as served:
         yield served
 
 
@@ -138,6 +140,20 @@ async def test_a_stream_goes_on_with_its_log_probabilities_on_another_connection
     for other in (content_of(plain.splitlines()), shown["choices"][0]["logprobs"]["content"]):
         assert [entry["token"] for entry in entries] == [entry["token"] for entry in other]
         assert [entry["logprob"] for entry in entries] == pytest.approx([entry["logprob"] for entry in other], abs=2e-3)
+
+
+async def test_an_adapter_is_a_model_of_its_own(served: Served, client: openai.AsyncOpenAI) -> None:
+    listed = [(model.id, getattr(model, "parent", None)) async for model in client.models.list()]
+    assert listed == [(POOL, None), ("story", POOL)]
+    assert (await client.models.retrieve("story")).id == "story"
+    asked: dict[str, Any] = {"messages": HELLO, "max_tokens": 30, "temperature": 0}
+    base, story = [await client.chat.completions.create(model=model, **asked) for model in (POOL, "story")]
+    assert (base.model, story.model) == (POOL, "story")
+    assert base.choices[0].message.content != story.choices[0].message.content
+    assert (await client.chat.completions.create(model="story", **asked)).choices == story.choices
+    await served.system.until(served.system.rests, 20)
+    with pytest.raises(openai.NotFoundError):
+        await client.chat.completions.create(model="history", **asked)
 
 
 async def events_of_text(http: httpx.AsyncClient, body: dict[str, Any]) -> str:

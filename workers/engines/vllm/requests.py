@@ -63,5 +63,4 @@ def unserved_fields(request: BackendInput) -> list[tuple[str, bool]]:
     output = request.output_options
     return [
         ("output_options.prompt_logprobs", output.prompt_logprobs is not None),
-        ("routing.lora_name", request.routing is not None and bool(request.routing.lora_name)),
     ]
