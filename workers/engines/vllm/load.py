@@ -30,26 +30,31 @@ from pipeline.config import PoolSettings, VllmSettings  # noqa: E402
 from pipeline.errors import ConfigError, Unservable  # noqa: E402
 from workers.engine import EngineInfo  # noqa: E402
 from workers.engines.vllm import connector, sampling  # noqa: E402
-from workers.engines.vllm.exchange import Exchange  # noqa: E402
+from workers.engines.vllm.exchange import Connector  # noqa: E402
+from workers.engines.vllm.handover import HandOver  # noqa: E402
 from workers.engines.vllm.memory import PagedMemory, fingerprint  # noqa: E402
 from workers.engines.weights import add_weights  # noqa: E402
 
 
-def make_engine(pool: PoolSettings, settings: VllmSettings, exchange: Exchange) -> Any:
+def make_engine(pool: PoolSettings, settings: VllmSettings, exchange: HandOver) -> Any:
     """vLLM's `LLMEngine` over the pool's model. Raises `Unservable` with vLLM's own reason."""
     engine_id = uuid.uuid4().hex
     connector.exchanges[engine_id] = exchange
     torch.set_num_threads(settings.threads)
     try:
-        return LLMEngine.from_engine_args(EngineArgs(**arguments(pool, settings, engine_id)))
+        return LLMEngine.from_engine_args(EngineArgs(**arguments(pool, settings, exchange.connector, engine_id)))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise Unservable(f"vLLM does not start with {pool.model}: {error}") from error
 
 
-def arguments(pool: PoolSettings, settings: VllmSettings, engine_id: str) -> dict[str, Any]:
+def arguments(pool: PoolSettings, settings: VllmSettings, kind: Connector, engine_id: str) -> dict[str, Any]:
     """vLLM's engine arguments: ours, and over them those of `engine.vllm.args`."""
     transfer = KVTransferConfig(
-        kv_connector=connector.NAME, kv_connector_module_path=connector.MODULE, kv_role="kv_both", engine_id=engine_id
+        kv_connector=kind.name,
+        kv_connector_module_path=kind.module,
+        kv_connector_extra_config=kind.config,
+        kv_role="kv_both",
+        engine_id=engine_id,
     )
     ours: dict[str, Any] = {
         "model": model_place(pool.model),
