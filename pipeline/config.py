@@ -151,6 +151,7 @@ class VllmSettings(Section, frozen=True, kw_only=True):
     prefix_cache: bool = True
     enforce_eager: bool = False
     threads: Count = 1  # CPU threads of the engine
+    connector: Literal["baton", "nixl"] = "baton"  # how blocks are handed over; nixl: vLLM's own NixlConnector
     args: str = ""  # more of vLLM's engine arguments, a JSON object; they win
 
 

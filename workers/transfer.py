@@ -93,6 +93,11 @@ class TransferStats(msgspec.Struct, frozen=True, kw_only=True):
 class Transfer(Protocol):
     """See the module's docstring. Methods are called from one event loop; long copies leave it free (a thread)."""
 
+    @property
+    def owner(self) -> str:
+        """The worker that its handles name."""
+        ...
+
     async def start(self, device: int | None = None) -> None:
         """Take what is needed (memory, sockets). `device`: the GPU that the engine's blocks lie on.
 

@@ -12,6 +12,7 @@ import pytest
 from pipeline.client import PoolClient
 from pipeline.control import ControlClient
 from pipeline.snapshot import take_snapshot
+from tests.contract.transfer_blocks import requires_nixl
 from tests.system import POOL, System, collect, request
 
 TORCH = (f"pools.{POOL}.engine=torch", "engine.torch.num_blocks=512", "engine.torch.prefix_cache=false")
@@ -74,3 +75,10 @@ async def test_by_whatever_works_where_shared_memory_is_not_shared(
 ) -> None:
     """As on two hosts, or in two containers."""
     await run(default_redis_url, tmp_path, "tcp", [], [f"transfer.dir={short_dir}"])
+
+
+@pytest.mark.parametrize("engine", ["mock", "torch"])
+@pytest.mark.parametrize("way", [pytest.param("nixl", marks=requires_nixl)])
+async def test_over_nixl(default_redis_url: str, tmp_path: Path, engine: str, way: str) -> None:
+    nixl = [f"transfer.kind={way}"]
+    await run(default_redis_url, tmp_path, way, nixl, nixl, *(TORCH if engine == "torch" else ()))

@@ -6,14 +6,18 @@ import asyncio
 import collections
 import json
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from pipeline.builtin import builtin_model_path
+from tests.contract.transfer_blocks import requires_nixl
 from tests.e2e.test_parity import decode_stats
+from tests.e2e.test_transfer_ways import transfer_told
 from tests.reference import Answer
 from tests.system import System, collect, request
 from tests.with_vllm.settings import VLLM, edge_prompts, requires_vllm
@@ -22,6 +26,12 @@ pytestmark = [pytest.mark.vllm, requires_vllm, pytest.mark.timeout(600)]
 
 COUNT = 100
 MAX_TOKENS = 36
+WAY_SETTINGS = {
+    "tcp": ("transfer.kind=tcp",),
+    "nixl": ("transfer.kind=nixl",),
+    "vLLM's own": ("engine.vllm.connector=nixl",),
+}
+WAYS = [pytest.param(way, marks=() if way == "tcp" else requires_nixl) for way in WAY_SETTINGS]
 SMALL = ("engine.vllm.kv_cache_bytes=12582912",)  # 76 blocks: a long prompt and a few short ones
 
 
@@ -60,8 +70,37 @@ def alone() -> Alone:
 async def test_tokens_are_those_of_vllm_alone(
     alone: Alone, default_redis_url: str, tmp_path: Path, at_once: int, overrides: tuple[str, ...]
 ) -> None:
+    await compare(alone, default_redis_url, tmp_path, range(COUNT), at_once, overrides)
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(COUNT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", WAYS)
+async def test_by_each_way(alone: Alone, default_redis_url: str, tmp_path: Path, way: str, count: int) -> None:
+    numbers = sorted(random.Random(6).sample(range(COUNT), count))
+    await compare(
+        alone,
+        default_redis_url,
+        tmp_path,
+        numbers,
+        28,
+        WAY_SETTINGS[way],
+        way="vllm-nixl" if way == "vLLM's own" else way,
+    )
+
+
+async def compare(
+    alone: Alone,
+    redis_url: str,
+    folder: Path,
+    numbers: Sequence[int],
+    at_once: int,
+    overrides: tuple[str, ...],
+    *,
+    way: str = "shm",
+) -> None:
+    """All of these prompts through a prefill and a decode worker."""
     prompts = edge_prompts(COUNT)
-    async with System(default_redis_url, *VLLM, *overrides, log_dir=tmp_path) as system:
+    async with System(redis_url, *VLLM, *overrides, log_dir=folder) as system:
         await asyncio.gather(system.worker("prefill"), system.worker("decode"))
         async with system.client() as client:
             slots = asyncio.Semaphore(at_once)
@@ -72,13 +111,17 @@ async def test_tokens_are_those_of_vllm_alone(
                 assert ended.state == "done", ended
                 return alone.compare(number, tokens[0])
 
-            verdicts = collections.Counter(await asyncio.gather(*map(ask, range(COUNT))))
-            stats = await decode_stats(system, COUNT * (MAX_TOKENS - 1))
+            verdicts = collections.Counter(await asyncio.gather(*map(ask, numbers)))
+            stats = await decode_stats(system, len(numbers) * (MAX_TOKENS - 1))
             recomputed = (await client.snapshot()).total("kv_recomputed:")
+            await system.until(system.rests, 30)
+            fetched = (await transfer_told(system, "decode"))["fetched"]
     print(f"\n{dict(verdicts)}, prompt tokens computed by decode {stats['prompt_tokens_computed']}, "
-          f"preemptions {stats['preemptions']}, kv_recomputed {recomputed}")  # fmt: skip
+          f"preemptions {stats['preemptions']}, kv_recomputed {recomputed}, by {dict(fetched)}")  # fmt: skip
+    assert list(fetched) == [way]
+    assert fetched[way]["handles"] == len(numbers)
     assert set(verdicts) <= {"equal", "near tie"}, verdicts
     assert verdicts["near tie"] <= 2
     assert recomputed == 0
-    assert stats["prompt_tokens_computed"] <= COUNT
+    assert stats["prompt_tokens_computed"] <= len(numbers)
     assert (stats["preemptions"] > 0) == (overrides == SMALL)

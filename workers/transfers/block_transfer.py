@@ -54,6 +54,11 @@ class BlockTransfer:
         self._fetched = {kind: Fetched() for kind in self._ways}
         self._started = self._closed = False
 
+    @property
+    def owner(self) -> str:
+        """The worker that its handles name."""
+        return self._owner
+
     async def start(self, device: int | None = None) -> None:
         """Take the store's memory and what the ways need. Raises `TransferError`."""
         if device is None and self._settings.kind == AUTO:

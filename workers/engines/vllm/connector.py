@@ -17,8 +17,6 @@ from pipeline.errors import Unservable
 from workers.engines.vllm.exchange import Exchange
 from workers.engines.vllm.memory import PagedMemory
 
-MODULE, NAME = __name__, "BatonConnector"
-
 try:  # a label of vLLM's own statistics, which older versions have not
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
@@ -26,7 +24,7 @@ try:  # a label of vLLM's own statistics, which older versions have not
 except ImportError:
     HIT_SOURCE = None
 
-exchanges: dict[str, Exchange] = {}  # by engine id; the engine puts its own there before it makes its core
+exchanges: dict[str, Any] = {}  # by engine id; the engine puts its own there before it makes its core
 
 
 @dataclass(slots=True)
@@ -58,7 +56,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
             raise Unservable(
                 "vLLM put its model into another process than its scheduler: Baton serves engines of one process"
             )
-        self._exchange = exchanges[engine_id]
+        self._exchange: Exchange = exchanges[engine_id]
         self._block_size = vllm_config.cache_config.block_size
         self._loads: list[Load] = []
 

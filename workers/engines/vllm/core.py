@@ -17,7 +17,6 @@ from workers.engines.vllm.exchange import Moved
 from workers.engines.vllm.futures import fail, give
 
 T = TypeVar("T")
-POLL_S = 0.002  # while all requests wait for something that nobody tells us of, such as a grammar being compiled
 MAX_UNREAD_STEPS = 256  # the engine pauses while its reader is this far behind
 
 
@@ -33,15 +32,20 @@ class Load:
 
 class Core:
     """Runs `make` on its thread and steps what it gives until `close`. `on_death` is called in the loop with what a step raised;
-    `unread` tells how many steps' outputs wait for their reader."""
+    `unread` tells how many steps' outputs wait for their reader, `pause_s` how long to rest while all requests wait."""
 
     def __init__(
-        self, on_outputs: Callable[[Any], None], on_death: Callable[[BaseException], None], unread: Callable[[], int]
+        self,
+        on_outputs: Callable[[Any], None],
+        on_death: Callable[[BaseException], None],
+        unread: Callable[[], int],
+        pause_s: Callable[[], float],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_outputs = on_outputs
         self._on_death = on_death
         self._unread = unread
+        self._pause_s = pause_s
         self._orders: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
@@ -158,7 +162,7 @@ class Core:
             self._say(self._on_outputs, outputs)
         if not outputs.outputs and not self._scheduler.running:  # all wait: for blocks, whose arrival is told, or else
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closing or self._orders, POLL_S)
+                self._changed.wait_for(lambda: self._is_closing or self._orders, self._pause_s())
 
     def _add(self, request: Any, prepare: Callable[[Any], None]) -> None:
         core = self._client.engine_core

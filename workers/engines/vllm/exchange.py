@@ -17,7 +17,18 @@ from pipeline.protocol import KVHandle
 from workers.engines.paged.exchange import ExportedBlocks
 from workers.engines.vllm.futures import fail, give
 from workers.engines.vllm.memory import PagedMemory
-from workers.transfer import Memory, Transfer
+from workers.transfer import Memory, Transfer, TransferStats
+
+POLL_S = 0.002  # while all requests wait for something that nobody tells us of, such as a grammar being compiled
+
+
+@dataclass(frozen=True, slots=True)
+class Connector:
+    """The KV connector that vLLM loads for a hand-over."""
+
+    module: str
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)  # `kv_connector_extra_config`
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +82,9 @@ class Moved:
 
 
 class Exchange:
-    """See the module's docstring. `layout` is asked once vLLM has started; `on_moved` is called in the loop."""
+    """A `HandOver`, see the module's docstring. `layout` is asked once vLLM has started; `on_moved` is called in the loop."""
+
+    connector = Connector("workers.engines.vllm.connector", "BatonConnector")
 
     def __init__(self, transfer: Transfer, layout: Callable[[], str], on_moved: Callable[[Moved], None]) -> None:
         self._transfer = transfer
@@ -92,6 +105,26 @@ class Exchange:
     def expect_fetch(self, key: str, fetch: Fetch) -> None:
         """This request begins with blocks to fetch."""
         self._fetches[key] = fetch
+
+    async def start(self, device: int | None) -> None:
+        """See `HandOver.start`."""
+        await self._transfer.start(device)
+
+    def params(self, key: str) -> dict[str, Any] | None:
+        """Nothing: the connector finds it here."""
+        return None
+
+    async def release(self, handle_id: str) -> None:
+        """See `HandOver.release`."""
+        await self._transfer.release(handle_id)
+
+    def stats(self) -> TransferStats:
+        """See `HandOver.stats`."""
+        return self._transfer.stats()
+
+    def pause_s(self) -> float:
+        """See `HandOver.pause_s`: what is copied says so itself."""
+        return POLL_S
 
     def forget(self, key: str) -> None:
         """This request has left. Copies that run go on to their end."""

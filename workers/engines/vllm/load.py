@@ -34,18 +34,20 @@ from pipeline.errors import ConfigError, Unservable  # noqa: E402
 from workers.engine import EngineInfo  # noqa: E402
 from workers.engines.vllm import connector, sampling  # noqa: E402
 from workers.engines.vllm.adapters import Adapter, arguments_for, lora_request  # noqa: E402
-from workers.engines.vllm.exchange import Exchange  # noqa: E402
+from workers.engines.vllm.exchange import Connector  # noqa: E402
+from workers.engines.vllm.handover import HandOver  # noqa: E402
 from workers.engines.vllm.memory import PagedMemory, fingerprint  # noqa: E402
 from workers.engines.weights import add_weights  # noqa: E402
 
 
-def make_engine(pool: PoolSettings, settings: VllmSettings, adapters: Mapping[str, Adapter], exchange: Exchange) -> Any:
+def make_engine(pool: PoolSettings, settings: VllmSettings, adapters: Mapping[str, Adapter], exchange: HandOver) -> Any:
     """vLLM's `LLMEngine` over the pool's model, its adapters loaded. Raises `Unservable` with vLLM's own reason."""
     engine_id = uuid.uuid4().hex
     connector.exchanges[engine_id] = exchange
     torch.set_num_threads(settings.threads)
     try:
-        engine = LLMEngine.from_engine_args(EngineArgs(**arguments(pool, settings, adapters, engine_id)))
+        made_of = arguments(pool, settings, adapters, exchange.connector, engine_id)
+        engine = LLMEngine.from_engine_args(EngineArgs(**made_of))
         for adapter in adapters.values():  # now: one that cannot be loaded while a step is made would end the engine
             engine.add_lora(lora_request(adapter))
         return engine
@@ -54,11 +56,15 @@ def make_engine(pool: PoolSettings, settings: VllmSettings, adapters: Mapping[st
 
 
 def arguments(
-    pool: PoolSettings, settings: VllmSettings, adapters: Mapping[str, Adapter], engine_id: str
+    pool: PoolSettings, settings: VllmSettings, adapters: Mapping[str, Adapter], kind: Connector, engine_id: str
 ) -> dict[str, Any]:
     """vLLM's engine arguments: ours, and over them those of `engine.vllm.args`."""
     transfer = KVTransferConfig(
-        kv_connector=connector.NAME, kv_connector_module_path=connector.MODULE, kv_role="kv_both", engine_id=engine_id
+        kv_connector=kind.name,
+        kv_connector_module_path=kind.module,
+        kv_connector_extra_config=kind.config,
+        kv_role="kv_both",
+        engine_id=engine_id,
     )
     ours: dict[str, Any] = {
         "model": model_place(pool.model),
