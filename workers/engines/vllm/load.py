@@ -68,8 +68,9 @@ def arguments(
     )
     ours: dict[str, Any] = {
         "model": model_place(pool.model),
-        "tokenizer": model_place(pool.tokenizer or pool.model),
-        "skip_tokenizer_init": not has_tokenizer(pool.tokenizer or pool.model),  # without one only grammars are missing
+        "tokenizer": model_place(pool.tokenizer_source if pool.has_tokenizer else pool.model),
+        "skip_tokenizer_init": not pool.has_tokenizer
+        or not has_tokenizer(pool.tokenizer_source),  # without one only grammars are missing
         "generation_config": "vllm",
         "dtype": settings.dtype,
         "max_num_seqs": settings.max_num_seqs,
