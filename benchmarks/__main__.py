@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.table import print_rows
@@ -22,13 +23,15 @@ NAMES = {
     "system": "tokens per second and CPU a token",
     "engine": "torch engine beside Hugging Face generate",
     "transfer": "transfer beside plain copies",
+    "vllm": "torch engine beside vLLM",
 }
+NEEDS = {"vllm": "vllm"}  # packages that not every environment has
 
 
 def main() -> None:
     """Run those named, or all; a benchmark that fails is named and the others run."""
     configure(LogSettings(level="warning"), "benchmark")
-    wanted = sys.argv[1:] or list(NAMES)
+    wanted = sys.argv[1:] or [name for name in NAMES if find_spec(NEEDS.get(name, "pipeline"))]
     unknown = sorted(set(wanted) - set(NAMES))
     if unknown:
         sys.exit(f"unknown benchmark {', '.join(unknown)}: choose from {', '.join(NAMES)}")
