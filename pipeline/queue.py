@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -165,11 +165,14 @@ class Admission:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LaneLook:
-    """One look that a claim takes at a lane: tasks of at most `free_blocks`; `aged`: only those that have waited long."""
+    """One look that a claim takes at a lane: tasks of at most `free_blocks`, and `which` of them.
+
+    "aged": those that have waited long; "spare": those that no worker has started at once; "": all.
+    """
 
     lane: str
     free_blocks: int
-    aged: bool = False
+    which: Literal["", "spare", "aged"] = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -304,7 +307,7 @@ class PoolQueue:
     ) -> Delivery | None:  # fmt: skip
         """One task that fits, or None. `looks` in their order, the worker's own lane first; blocks are of `block_size` tokens;
         `held`: tasks that run here already."""
-        flat = [value for look in looks for value in (look.lane, look.free_blocks, "aged" if look.aged else "")]
+        flat = [value for look in looks for value in (look.lane, look.free_blocks, look.which)]
         answer = await self._call(
             "claim", stage, worker, nonce or secrets.token_hex(8), held, total_blocks, block_size, WIRE_VERSION, overtake_ms,
             guard_ms, *flat,

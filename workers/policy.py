@@ -13,16 +13,18 @@ from pipeline.queue import LANES, Delivery, LaneLook
 GUARD_EVERY = 8  # each so many claims what has aged on lower lanes goes first
 
 
-def lane_looks(own: str, turn: int, free_blocks: Mapping[str, int]) -> list[LaneLook]:
+def lane_looks(own: str, turn: int, free_blocks: Mapping[str, int], *, is_ahead: bool = False) -> list[LaneLook]:
     """The looks of a worker's claim number `turn`, in order: its own lane, then high, default and low.
+
+    `is_ahead`: what it claims would wait behind its running step, so it leaves alone what others may start now.
 
     Each eighth claim first looks for what has aged on the lower lanes, the lowest first: they keep moving under any load of
     higher ones, and take at most an eighth of the claims. `free_blocks`: what a task of each lane may take.
     """
     looks = [LaneLook(own, free_blocks["high"])]
     if turn % GUARD_EVERY == GUARD_EVERY - 1:
-        looks += [LaneLook(lane, free_blocks[lane], aged=True) for lane in ("low", "default")]
-    return looks + [LaneLook(lane, free_blocks[lane]) for lane in ("high", "default", "low")]
+        looks += [LaneLook(lane, free_blocks[lane], which="aged") for lane in ("low", "default")]
+    return looks + [LaneLook(lane, free_blocks[lane], "spare" if is_ahead else "") for lane in LANES]
 
 
 def engines_view(request: BackendInput, delivery: Delivery) -> BackendInput:

@@ -104,6 +104,11 @@ class EngineSupervisor:
         await self._engine.close()
 
 
+STEPS_AHEAD = (
+    2  # steps of prompt tokens that a prefill worker holds: one that runs, and what comes next without a pause
+)
+
+
 class EngineCapacity:
     """What a worker may claim: bounded by blocks and sequences, and for prefill by tokens in work and room for handles."""
 
@@ -124,7 +129,7 @@ class EngineCapacity:
         info = self._engine.info
         in_use = self._holdings.blocks(info.block_size)
         if self._stage == "prefill":
-            if self._holdings.prompt_tokens() >= max(1, info.max_num_batched_tokens):
+            if self._holdings.prompt_tokens() >= STEPS_AHEAD * max(1, info.max_num_batched_tokens):
                 return 0
             stats = self._engine.stats()
             exported, room = stats.handle_bytes // info.block_nbytes, self._room(stats)
@@ -133,6 +138,11 @@ class EngineCapacity:
         if self._holdings.choices() >= info.max_num_seqs:
             return 0
         return info.num_blocks - in_use
+
+    def is_ahead(self) -> bool:
+        """See `Capacity.is_ahead`: for prefill, when a step is full."""
+        info = self._engine.info
+        return self._stage == "prefill" and self._holdings.prompt_tokens() >= max(1, info.max_num_batched_tokens)
 
     def total_blocks(self) -> int:
         """See `Capacity.total_blocks`."""

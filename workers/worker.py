@@ -42,6 +42,7 @@ log = structlog.get_logger("baton.worker")
 
 HANDED_BACK = {"parked": Answer.TAKEN, "dead": Answer.DEAD}  # what the script answers; all else: it is not ours
 LISTED = 8  # ids in a line of the log
+LEFT_TO_OTHERS_S = 0.025  # a little more than SPARE_MS of claim.lua
 
 Handler = Callable[[Task], Coroutine[Any, Any, Outcome]]
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
@@ -61,6 +62,10 @@ class Capacity(Protocol):
 
     def free_blocks(self, share: float = 1.0) -> int:
         """Blocks that a new task may take of what its lane may fill; 0 claims nothing."""
+        ...
+
+    def is_ahead(self) -> bool:
+        """Whether a new task would wait behind what runs here: others who are idle come first."""
         ...
 
     def total_blocks(self) -> int:
@@ -105,6 +110,7 @@ class Worker:
         self._resources = resources
         self._queue_settings = queue
         self._claims = 0
+        self._is_ahead = False  # at the last claim
         self._stage = ""
         self._tasks: dict[str, Registered] = {}
         self.is_stuck = False  # a handler does not end: this process has to
@@ -219,22 +225,27 @@ class Worker:
 
     async def _claim_until_drained(self) -> None:
         while not self._draining.is_set():
+            was_rung = self._bell.is_set()
             self._bell.clear()
             delivery = await self._claim()
             if delivery is not None:
                 self._start(delivery)
                 continue
-            await wait_at_most(self._bell, self._settings.sweep_s)  # a lost bell costs one interval
+            limit_s = self._settings.sweep_s  # a lost bell costs one interval
+            if was_rung and self._is_ahead:  # it left what came for others: by then they have it, or all are busy
+                limit_s = min(limit_s, LEFT_TO_OTHERS_S)
+            await wait_at_most(self._bell, limit_s)
 
     async def _claim(self) -> Delivery | None:
         free = {lane: self._capacity.free_blocks(self._queue_settings.lane(lane).prefill_share) for lane in LANES}
         if max(free.values()) <= 0 or self._holdings.has_suspect():
             return None
+        self._is_ahead = self._capacity.is_ahead()
         # kept until answered: a lost reply is given again
         self._claim_nonce = self._claim_nonce or secrets.token_hex(8)
         try:
             delivery = await self.queue.claim(
-                self._stage, self.name, lane_looks(f"@{self.name}", self._claims, free),
+                self._stage, self.name, lane_looks(f"@{self.name}", self._claims, free, is_ahead=self._is_ahead),
                 total_blocks=self._capacity.total_blocks(), block_size=self._capacity.block_size(),
                 overtake_ms=self._queue_settings.overtake_ms,
                 guard_ms=self._queue_settings.guard_ms, held=len(self._holdings), nonce=self._claim_nonce,

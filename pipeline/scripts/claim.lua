@@ -3,7 +3,8 @@
 -- nothing overtakes it on this worker any more. A suspect (its last delivery ended in a dead engine) is for an idle worker only.
 -- KEYS: root
 -- ARGV: stage, worker, nonce of this claim, tasks that it holds, total blocks, tokens of a block, newest wire version, overtake ms,
---       guard ms, then for each look at a lane: lane, free blocks for it, 'aged' (only what has waited for `guard ms`) or ''
+--       guard ms, then for each look at a lane: lane, free blocks for it, and which tasks: 'aged' (what has waited for `guard ms`; nothing
+--       is held back for them), 'spare' (what has waited for SPARE_MS, so that no worker starts it at once) or '' (all)
 -- Answers: {} | {id, epoch, body, stage, lane, handle, attempts, deadline ms, api, prompt tokens, suspect ('1' or ''), priority,
 --          (log, finish reason) of each choice ...}
 -- Called twice: one nonce gives the same task again while it is still this worker's at that epoch, else {}.
@@ -11,6 +12,7 @@ local stage, worker, nonce = ARGV[1], ARGV[2], ARGV[3]
 local held, total, block_size, newest = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local overtake_ms, guard_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
 local PASSED = 16 -- tasks of a lane that may be passed over because they do not fit now
+local SPARE_MS = 20 -- an idle worker has claimed a task long before
 local LOOKED_AT = 256 -- parked, and as many new, entries of a lane that are looked at; the next claim goes on behind them
 
 local function describe(id)
@@ -57,7 +59,7 @@ local function judge(e, entry, look)
   if not e then return 'gone' end
   if e.deadline <= now_ms then return 'late' end
   local waited_ms = now_ms - tonumber(string.match(entry, '^%d+'))
-  if look.is_aged and waited_ms < guard_ms then return 'young' end
+  if waited_ms < look.least_ms then return 'young' end
   if tonumber(e.v) > newest or needed(e) > total then return 'never' end
   if e.is_suspect and held > 0 then -- an idle worker takes it; only after a while this one becomes idle for it
     return waited_ms > overtake_ms + guard_ms and not look.is_aged and 'hold' or 'never'
@@ -143,7 +145,8 @@ local function look_at_new(look)
 end
 
 for i = 10, #ARGV, 3 do
-  local look = {lane = ARGV[i], lane_key = key_lane(stage, ARGV[i]), free = tonumber(ARGV[i + 1]), is_aged = ARGV[i + 2] == 'aged', passed = 0}
+  local look = {lane = ARGV[i], lane_key = key_lane(stage, ARGV[i]), free = tonumber(ARGV[i + 1]), is_aged = ARGV[i + 2] == 'aged',
+    least_ms = ({aged = guard_ms, spare = SPARE_MS})[ARGV[i + 2]] or 0, passed = 0}
   if redis.call('XLEN', look.lane_key) > 0 then
     last_delivered(look.lane_key) -- makes the group where it is missing
     local found = look_at_parked(look) or look_at_new(look)

@@ -297,7 +297,7 @@ async def test_who_died_with_its_worker_is_suspect_unless_it_had_got_on(pool: Po
 
 async def test_what_has_aged_on_a_lower_lane_goes_first_in_a_guarding_claim(pool: Pool) -> None:
     low, high = await pool.admit("decode", lane="low"), await pool.admit("decode", lane="high")
-    looks = [LaneLook("low", 9, aged=True), LaneLook("high", 9), LaneLook("low", 9)]
+    looks = [LaneLook("low", 9, "aged"), LaneLook("high", 9), LaneLook("low", 9)]
     first = await pool.claim("decode", "w", *looks, guard_ms=60_000)
     assert first is not None
     assert first.id == high
@@ -305,6 +305,16 @@ async def test_what_has_aged_on_a_lower_lane_goes_first_in_a_guarding_claim(pool
     second = await pool.claim("decode", "w", *looks, guard_ms=0)
     assert second is not None
     assert second.id == low
+
+
+async def test_a_spare_look_takes_only_what_nobody_has_started(pool: Pool) -> None:
+    waiting = await pool.admit("prefill")
+    look = LaneLook("default", 9, "spare")
+    assert await pool.claim("prefill", "busy", look) is None
+    await asyncio.sleep(0.03)
+    taken = await pool.claim("prefill", "busy", look)
+    assert taken is not None
+    assert taken.id == waiting
 
 
 async def test_requests_of_an_api_that_is_gone_go_on_as_long_as_they_say(pool: Pool) -> None:

@@ -17,13 +17,22 @@ FREE = {"high": 9, "default": 8, "low": 5}
 
 def test_a_claim_looks_at_the_own_lane_first_and_then_by_priority() -> None:
     looks = lane_looks("@w", 0, FREE)
-    assert [(look.lane, look.free_blocks, look.aged) for look in looks] == [
-        ("@w", 9, False), ("high", 9, False), ("default", 8, False), ("low", 5, False),
+    assert [(look.lane, look.free_blocks, look.which) for look in looks] == [
+        ("@w", 9, ""), ("high", 9, ""), ("default", 8, ""), ("low", 5, ""),
+    ]  # fmt: skip
+
+
+def test_a_worker_that_is_ahead_leaves_to_others_what_is_not_its_own() -> None:
+    looks = lane_looks("@w", 0, FREE, is_ahead=True)
+    assert [(look.lane, look.which) for look in looks] == [
+        ("@w", ""), ("high", "spare"), ("default", "spare"), ("low", "spare"),
     ]  # fmt: skip
 
 
 def test_one_claim_in_eight_looks_for_what_has_aged_on_lower_lanes_first() -> None:
-    guarded = [turn for turn in range(4 * GUARD_EVERY) if any(look.aged for look in lane_looks("@w", turn, FREE))]
+    guarded = [
+        turn for turn in range(4 * GUARD_EVERY) if any(look.which == "aged" for look in lane_looks("@w", turn, FREE))
+    ]
     assert [b - a for a, b in itertools.pairwise(guarded)] == [GUARD_EVERY] * 3
     lanes = [look.lane for look in lane_looks("@w", guarded[0], FREE)]
     assert lanes == ["@w", "low", "default", "high", "default", "low"]

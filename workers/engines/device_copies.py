@@ -1,8 +1,9 @@
 """Blocks of a GPU into one run of bytes and back.
 
 A block of a layer is small, and a copy costs by the piece: of one GiB in pieces of 256 KiB a bus that moves 280 GB/s makes 27. So
-blocks are gathered on the GPU into staging memory and leave it in one piece, and come in the other way. Two lanes, each a stream with its
-own staging memory, take turns: while one gathers the other copies.
+blocks are gathered on the GPU and leave it in one piece, and come in the other way. Where the run is memory that the GPU reaches, its own
+or another GPU's, one kernel does all of it. To and from host memory they pass through staging memory, in two lanes that take turns: while
+one gathers the other copies.
 """
 
 from __future__ import annotations
@@ -19,50 +20,46 @@ from workers import cuda
 from workers.transfer import DeviceBytes, Memory
 
 STAGING_BYTES = 33_554_432
-WIDE = (torch.int64, torch.int32, torch.int16, torch.uint8)  # what rows are copied as: the widest that divides them
+WORD = 8  # bytes that are moved as one
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`count` blocks of a layer, from the `first` of the table on; they stand at `offset` in the run of bytes."""
+    """`count` blocks of a layer; they stand at `offset` in the run of bytes. `first_row`: blocks of all layers before them."""
 
-    layer: int
-    first: int
+    first_row: int
     count: int
     offset: int
     nbytes: int
 
 
 def batches_of(rows: Sequence[int], num_blocks: int, skip: int, limit: int) -> list[list[Piece]]:
-    """A run of `[layers, blocks, bytes of a block in that layer (`rows`)]` without each layer's first `skip` blocks, in batches of at most
-    `limit` bytes, or one block."""
+    """A run of `[layers, blocks, bytes of a block in that layer (`rows`)]` without each layer's first `skip` blocks, in batches that
+    span at most `limit` bytes of the run, or one block."""
     batches: list[list[Piece]] = []
-    room = base = 0
+    base = begin = 0
     for layer, row in enumerate(rows):
         most = max(1, limit // row)
         for first in range(skip, num_blocks, most):
             count = min(most, num_blocks - first)
-            if count * row > room:
+            piece = Piece(layer * (num_blocks - skip) + first - skip, count, base + first * row, count * row)
+            if not batches or piece.offset + piece.nbytes - begin > limit:
                 batches.append([])
-                room = limit
-            batches[-1].append(Piece(layer, first, count, base + first * row, count * row))
-            room -= count * row
+                begin = piece.offset
+            batches[-1].append(piece)
         base += num_blocks * row
     return batches
 
 
-def joined(batch: Sequence[Piece]) -> Iterator[tuple[int, int, int]]:
-    """Where a batch lies in staging memory and in the run, and how many bytes: neighbours in both are one copy."""
-    at = start = 0
-    first = batch[0]
-    expected = first.offset
+def joined(batch: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+    """Where in the run a batch lies, and how many bytes: neighbours are one copy."""
+    start, end = batch[0].offset, batch[0].offset
     for piece in batch:
-        if piece.offset != expected:
-            yield start, first.offset, at - start
-            start, first = at, piece
-        at += piece.nbytes
-        expected = piece.offset + piece.nbytes
-    yield start, first.offset, at - start
+        if piece.offset != end:
+            yield start, end - start
+            start = piece.offset
+        end = piece.offset + piece.nbytes
+    yield start, end - start
 
 
 class Lane:
@@ -77,22 +74,28 @@ class DeviceCopies:
     """Copies blocks of `layers`, each `[blocks, bytes of a block]` of uint8 on one GPU. Called from any thread; one copy at a time."""
 
     def __init__(self, layers: Sequence[torch.Tensor], staging_bytes: int = STAGING_BYTES) -> None:
+        self._layers = layers  # keeps their memory
         self._rows = [layer.shape[1] for layer in layers]
-        self._dtype = next(wide for wide in WIDE if all(row % wide.itemsize == 0 for row in self._rows))
-        self._layers = [layer.view(self._dtype) for layer in layers]
-        self._limit = max(staging_bytes, *self._rows)
         self.device = layers[0].device
+        self._table = torch.tensor(table_of(layers), device=self.device)
+        self._limit = max(staging_bytes, *self._rows)
         self._lanes = [Lane(self.device, self._limit) for _ in range(2)]
         self._lock = threading.Lock()
+        self._warm_up()
 
     def gather(self, blocks: Sequence[int], out: Memory) -> None:
         """Copy these blocks into `out`, layer after layer. Returns when it is done."""
-        with self._turn(), torch.no_grad():
+        with self._turn():
             index = torch.tensor(blocks, device=self.device)
-            if isinstance(out, DeviceBytes) and out.device == self.device.index:
-                self._gather_here(index, cuda.as_tensor(out.device, out.address, out.nbytes))
-            else:
-                self._gather_away(index, out.address if isinstance(out, DeviceBytes) else cuda.address_of(out))
+            if isinstance(out, DeviceBytes):
+                self._move(self._lanes[0].stream, index, out.address, 0, self._whole(index, 0), is_scatter=False)
+                return
+            run = cuda.address_of(out)
+            for lane, batch in self._batches(index, 0):
+                begin = batch[0].offset
+                self._move(lane.stream, index, lane.staging.data_ptr() - begin, 0, batch, is_scatter=False)
+                for offset, nbytes in joined(batch):
+                    cuda.copy(run + offset, lane.staging.data_ptr() + offset - begin, nbytes, lane.stream)
 
     def scatter(
         self, data: Memory, blocks: Sequence[int], skip: int = 0, after: torch.cuda.Event | None = None
@@ -101,45 +104,52 @@ class DeviceCopies:
 
         `after`: what has to be over before the blocks are written.
         """
-        source = data.address if isinstance(data, DeviceBytes) else cuda.address_of(data)
-        with self._turn(), torch.no_grad():
+        with self._turn():
             index = torch.tensor(blocks, device=self.device)
             if after is not None:
                 for lane in self._lanes:
                     lane.stream.wait_event(after)
-            for lane, batch in self._batches(len(blocks), skip):
-                for start, offset, nbytes in joined(batch):
-                    cuda.copy(lane.staging.data_ptr() + start, source + offset, nbytes, lane.stream)
-                with torch.cuda.stream(lane.stream):
-                    for piece, rows in self._views(lane.staging, batch):
-                        self._layers[piece.layer].index_copy_(0, index[piece.first : piece.first + piece.count], rows)
+            if isinstance(data, DeviceBytes):
+                whole = self._whole(index, skip)
+                self._move(self._lanes[0].stream, index, data.address, skip, whole, is_scatter=True)
+                return
+            run = cuda.address_of(data)
+            for lane, batch in self._batches(index, skip):
+                begin = batch[0].offset
+                for offset, nbytes in joined(batch):
+                    cuda.copy(lane.staging.data_ptr() + offset - begin, run + offset, nbytes, lane.stream)
+                self._move(lane.stream, index, lane.staging.data_ptr() - begin, skip, batch, is_scatter=True)
 
-    def _gather_here(self, index: torch.Tensor, out: torch.Tensor) -> None:
-        """Into memory of this device, without staging."""
-        stream = self._lanes[0].stream
-        [batch] = batches_of(self._rows, len(index), 0, out.numel())
+    def _move(
+        self, stream: torch.cuda.Stream, index: torch.Tensor, run: int, skip: int, batch: Sequence[Piece], *, is_scatter: bool
+    ) -> None:  # fmt: skip
+        """One launch."""
+        from workers.engines.block_kernel import PROGRAMS, WORDS, move_rows
+
+        if not batch:
+            return
+        first_row = batch[0].first_row
+        last_row = batch[-1].first_row + batch[-1].count
         with torch.cuda.stream(stream):
-            for piece, rows in self._views(out, batch):
-                torch.index_select(self._layers[piece.layer], 0, index, out=rows)
+            move_rows[(min(PROGRAMS, last_row - first_row),)](
+                self._table, index, run, len(index), skip, first_row, last_row, is_scatter, WORDS, num_warps=8
+            )
 
-    def _gather_away(self, index: torch.Tensor, out: int) -> None:
-        for lane, batch in self._batches(len(index), 0):
-            with torch.cuda.stream(lane.stream):
-                for piece, rows in self._views(lane.staging, batch):
-                    selected = index[piece.first : piece.first + piece.count]
-                    torch.index_select(self._layers[piece.layer], 0, selected, out=rows)
-            for start, offset, nbytes in joined(batch):
-                cuda.copy(out + offset, lane.staging.data_ptr() + start, nbytes, lane.stream)
+    def _whole(self, index: torch.Tensor, skip: int) -> list[Piece]:
+        """All of it in one batch."""
+        batches = batches_of(self._rows, len(index), skip, len(index) * sum(self._rows))
+        return [piece for batch in batches for piece in batch]
 
-    def _batches(self, num_blocks: int, skip: int) -> Iterator[tuple[Lane, list[Piece]]]:
-        return zip(itertools.cycle(self._lanes), batches_of(self._rows, num_blocks, skip, self._limit), strict=False)
+    def _batches(self, index: torch.Tensor, skip: int) -> Iterator[tuple[Lane, list[Piece]]]:
+        return zip(itertools.cycle(self._lanes), batches_of(self._rows, len(index), skip, self._limit), strict=False)
 
-    def _views(self, memory: torch.Tensor, batch: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """Each piece of a batch as rows of `memory`, in which they lie one behind the other."""
-        at = 0
-        for piece in batch:
-            yield piece, memory[at : at + piece.nbytes].view(self._dtype).view(piece.count, -1)
-            at += piece.nbytes
+    def _warm_up(self) -> None:
+        """Have the kernel compiled, both ways, before a request waits for it."""
+        nbytes = sum(self._rows)
+        kept = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        here = DeviceBytes(self.device.index, kept.data_ptr(), nbytes)
+        self.gather([0], here)
+        self.scatter(here, [0])
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -150,3 +160,15 @@ class DeviceCopies:
             finally:
                 for lane in self._lanes:
                     lane.stream.synchronize()
+
+
+def table_of(layers: Sequence[torch.Tensor]) -> list[list[int]]:
+    """What `block_kernel.move_rows` has to know of `layers`, each `[blocks, bytes of a block]`. Raises `ValueError` for odd sizes."""
+    table, before = [], 0
+    for layer in layers:
+        row, stride = layer.shape[1], layer.stride(0)
+        if row % WORD or stride % WORD or layer.data_ptr() % WORD:
+            raise ValueError(f"blocks of {row} bytes, {stride} bytes apart, are no multiples of {WORD} bytes")
+        table.append([layer.data_ptr(), stride // WORD, row // WORD, before // WORD])
+        before += row
+    return table
