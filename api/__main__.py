@@ -31,6 +31,7 @@ from pipeline.connection import Connection
 from pipeline.errors import BatonError
 from pipeline.exits import Exit, PortTaken, exit_for
 from pipeline.ids import new_process_name
+from pipeline.loras import check_model_names
 from pipeline.processes import die_with_parent
 from pipeline.redis_health import RedisWatch
 
@@ -69,6 +70,7 @@ def _is_for_us(record: logging.LogRecord) -> bool:
 
 async def serve(settings: Settings) -> None:
     """Serve all pools of `settings`. Raises BatonError when the process cannot start."""
+    check_model_names(settings.pools)
     listener = listen(settings.api.host, settings.api.port)
     drain = Drain(settings.api.shutdown_grace_s)
     async with contextlib.AsyncExitStack() as stack:

@@ -25,6 +25,7 @@ from api.edge import REQUEST_ID
 from api.errors import error_of_end
 from api.event_stream import EventStream
 from api.feed import Choices, Feed
+from api.logprobs import Logprobs
 from api.service import ServedPool, Service
 from api.sse import DONE, FINISH_WORDS, answer_head, choice_body, error_events, usage_fields
 from api.transcript import Transcript
@@ -221,17 +222,22 @@ class WholeAnswer(Answer):
     async def _collect(self, feed: Feed) -> bytes:
         request = asked(feed.stream)
         choices = Choices(self._pool.preprocessor.tokenizer, request, by_token=False)
+        logprobs = Logprobs(self._pool.preprocessor.tokenizer, request)
         texts: list[list[str]] = [[] for _ in choices.reasons]
+        tokens: list[list[int]] = [[] for _ in choices.reasons]
         while (chunks := await feed.next()) is not None:
             self._note_first(feed.stream)
-            for choice, text, _ in choices.push(chunks):
+            for chunk in chunks:
+                logprobs.push(chunk)
+            for choice, text, token_ids, _ in choices.push(chunks):
                 texts[choice].append(text)
+                tokens[choice] += token_ids
         failure = self._failure(feed.stream, choices)
         if failure is not None:
             raise failure
         assert feed.stream.ended is not None
         said = [
-            choice_body(request, index, "".join(parts), FINISH_WORDS[reason])
+            choice_body(request, index, "".join(parts), tokens[index], FINISH_WORDS[reason], logprobs.take(index))
             for index, (parts, reason) in enumerate(zip(texts, choices.reasons, strict=True))
             if reason is not None
         ]

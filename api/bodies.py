@@ -12,10 +12,14 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
+from api.constraints import Choices, Pattern, ResponseFormat, Schema, StructuredOutputs, guided_decoding
 from pipeline.errors import InvalidRequest
+from pipeline.features import GUIDED_DECODING, LOGPROBS, refuse_unserved
+from pipeline.logprobs import MOST
 from pipeline.preprocess import Wanted
-from pipeline.protocol import OutputOptions, SamplingOptions, StopConditions
+from pipeline.protocol import GuidedDecoding, OutputOptions, SamplingOptions, StopConditions
 
+Likeliest = Annotated[int, Meta(ge=0, le=MOST)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 
@@ -42,7 +46,8 @@ class ChatMessage(msgspec.Struct):
 
 
 class Common(msgspec.Struct, kw_only=True):
-    """Fields of both kinds of request that Baton honours, then those that it refuses unless they ask for nothing."""
+    """Fields of both kinds of request that Baton honours (chats without `return_token_ids`), then those that it refuses unless they
+    ask for nothing."""
 
     model: str
     max_tokens: Count | None = None
@@ -57,25 +62,25 @@ class Common(msgspec.Struct, kw_only=True):
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     service_tier: Literal["auto", "default", "scale", "priority", "flex", "batch"] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
 
     frequency_penalty: Any = None
     presence_penalty: Any = None
     repetition_penalty: Any = None
     logit_bias: Any = None
     min_p: Any = None
-    logprobs: Any = None
     prompt_logprobs: Any = None
     use_beam_search: Any = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     echo: Any = None
 
 
@@ -85,8 +90,9 @@ class ChatBody(Common, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Likeliest | None = None
 
-    top_logprobs: Any = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None
@@ -104,27 +110,20 @@ class CompletionBody(Common, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     best_of: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: Likeliest | bool | None = None  # false is taken for null
     suffix: Any = None
 
 
-# What asks for nothing beyond what is done anyway. `logprobs: 0` of a completion asks for something, so False is told from 0.
+# What asks for nothing beyond what is done anyway.
 _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
     "min_p": (0,),
-    "logprobs": (False,),
     "prompt_logprobs": (),
     "use_beam_search": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "echo": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -138,6 +137,15 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
 }
 
+_CONSTRAINING = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+
 _SAME_ANSWER = frozenset(["stream", "priority", "service_tier"])
 
 _canonical = msgspec.json.Encoder(order="sorted").encode
@@ -149,9 +157,13 @@ def chat_body(raw: bytes) -> ChatBody:
     """Decode and check a chat request. Raises InvalidRequest with the path of the first thing that is wrong."""
     body: ChatBody = _decode(_chat_decoder, raw)
     _check_common(body)
+    if body.return_token_ids:
+        raise _unsupported("return_token_ids")
     for position, message in enumerate(body.messages):
         if message.tool_calls:
             raise _unsupported(f"messages[{position}].tool_calls")
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
     return body
 
 
@@ -161,6 +173,8 @@ def completion_body(raw: bytes) -> CompletionBody:
     _check_common(body)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of other than n is not supported", param="best_of", code="unsupported_parameter")
+    if body.logprobs is True:
+        raise InvalidRequest("logprobs: expected `int`, got `bool`", param="logprobs")
     return body
 
 
@@ -193,7 +207,7 @@ def single_prompt(body: CompletionBody) -> str | list[int]:
 
 def wanted(body: ChatBody | CompletionBody) -> Wanted:
     """What the client wants beside the prompt, in the pipeline's words."""
-    longest = body.max_tokens
+    longest, constraint = body.max_tokens, _constraint(body)
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         longest = body.max_completion_tokens
     return Wanted(
@@ -211,9 +225,29 @@ def wanted(body: ChatBody | CompletionBody) -> Wanted:
             top_k=max(0, body.top_k or 0),
             seed=body.seed,
             include_stop_str_in_output=bool(body.include_stop_str_in_output),
+            guided_decoding=constraint[1] if constraint is not None else None,
         ),
-        output=OutputOptions(skip_special_tokens=body.skip_special_tokens is not False),
+        output=OutputOptions(logprobs=_logprobs(body), skip_special_tokens=body.skip_special_tokens is not False),
     )
+
+
+def check_served(body: ChatBody | CompletionBody, engine: str) -> None:
+    """Raise InvalidRequest naming what the body asks for and the engine of its model does not serve."""
+    if (constraint := _constraint(body)) is not None:
+        refuse_unserved(engine, GUIDED_DECODING, constraint[0])
+    if _logprobs(body) is not None:
+        refuse_unserved(engine, LOGPROBS, "logprobs")
+
+
+def _logprobs(body: ChatBody | CompletionBody) -> int | None:
+    """How many of the likeliest tokens are told with each; None: no log probabilities at all."""
+    if isinstance(body, ChatBody):
+        return (body.top_logprobs or 0) if body.logprobs else None
+    return None if body.logprobs is None or body.logprobs is False else body.logprobs
+
+
+def _constraint(body: ChatBody | CompletionBody) -> tuple[str, GuidedDecoding] | None:
+    return guided_decoding({name: getattr(body, name) for name in _CONSTRAINING})
 
 
 def digest(body: ChatBody | CompletionBody) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
-from api.sse import FINISH_WORDS
+from api.sse import FINISH_WORDS, tells_tokens
 from pipeline.backend import Backend
 from pipeline.errors import Draining
 from pipeline.protocol import FinishReason, Request
 from pipeline.stream import RequestStream, TokenChunk
-from pipeline.tokenizer import Tokenizer
+from pipeline.tokenizer import NoTokenizer, Tokenizer
 
-Piece = tuple[int, str, FinishReason | None]  # choice, text (may be empty), why the choice is over
+Piece = tuple[
+    int, str, Sequence[int], FinishReason | None
+]  # choice, text (may be empty), tokens where they are told, why the choice is over
 
 
 class Feed:
@@ -65,11 +67,13 @@ def _interrupted() -> Draining:
 
 
 class Choices:
-    """The text of all choices of a request; `by_token`: each token's text is a piece of its own, however many came together."""
+    """The text of all choices of a request, and their tokens where it wants them told; `by_token`: each token is a piece of its own,
+    however many came together."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, *, by_token: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer | NoTokenizer, request: Request, *, by_token: bool) -> None:
         self._backends = [Backend(tokenizer, request.input) for _ in range(request.input.sampling_options.n)]
         self._by_token = by_token
+        self._tells_tokens = tells_tokens(request)
         self.reasons: list[FinishReason | None] = [None] * len(self._backends)
 
     @property
@@ -82,7 +86,7 @@ class Choices:
         self._backends[choice].push(token_ids)
 
     def push(self, chunks: Sequence[TokenChunk]) -> list[Piece]:
-        """The pieces of text that these tokens make certain."""
+        """The pieces of text that these tokens make certain; where tokens are told, all of them, with or without text."""
         pieces: list[Piece] = []
         for chunk in chunks:
             token_ids = chunk.token_ids
@@ -97,17 +101,18 @@ class Choices:
         if self.reasons[choice] is not None:
             return
         text = self._backends[choice].push(token_ids, reason)
+        told = token_ids[: text.accepted] if self._tells_tokens else ()
         if text.stopped:  # the log ends here too: the decode worker found the same stop string
             reason = FinishReason.STOP
         if reason is not None:
-            pieces.append(self._finish(choice, text.delta, reason, is_cut=text.stopped))
-        elif text.delta:
-            pieces.append((choice, text.delta, None))
+            pieces.append(self._finish(choice, text.delta, told, reason, is_cut=text.stopped))
+        elif text.delta or told:
+            pieces.append((choice, text.delta, told, None))
 
-    def _finish(self, choice: int, delta: str, reason: FinishReason, *, is_cut: bool) -> Piece:
+    def _finish(self, choice: int, delta: str, told: Sequence[int], reason: FinishReason, *, is_cut: bool) -> Piece:
         if not is_cut:
             delta += self._backends[choice].finish()
         if reason not in FINISH_WORDS:  # cancelled or failed: the end of the request tells
-            return (choice, delta, None)
+            return (choice, delta, told, None)
         self.reasons[choice] = reason
-        return (choice, delta, reason)
+        return (choice, delta, told, reason)

@@ -19,6 +19,7 @@ from api.bodies import (
     ChatBody,
     CompletionBody,
     chat_body,
+    check_served,
     completion_body,
     digest,
     single_prompt,
@@ -27,11 +28,11 @@ from api.bodies import (
 )
 from api.headers import treatment
 from api.service import ServedPool, Service
-from api.sse import SERVICE_TIER
+from api.sse import RETURN_TOKEN_IDS, SERVICE_TIER
 from api.transcript import NumberedTranscript, Transcript
 from pipeline.errors import InvalidRequest
 from pipeline.ids import new_request_id
-from pipeline.protocol import BackendInput, Request
+from pipeline.protocol import BackendInput, Request, RoutingHints
 from pipeline.routing import TIER_OF_LANE, lane_of
 
 INLINE_BYTES = 16_384  # longer bodies are tokenized in a thread, so that they do not hold up the streams
@@ -47,6 +48,7 @@ def generation_routes(service: Service) -> APIRouter:
         raw = await read_body(http, service.settings.body_limit_bytes)
         body = chat_body(raw)
         pool = service.pool(body.model)
+        check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
             return pool.preprocessor.chat(
@@ -61,9 +63,11 @@ def generation_routes(service: Service) -> APIRouter:
         raw = await read_body(http, service.settings.body_limit_bytes)
         body = completion_body(raw)
         pool = service.pool(body.model)
+        check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
-            return pool.preprocessor.completion(request_id, single_prompt(body), wanted(body))
+            ready = pool.preprocessor.completion(request_id, single_prompt(body), wanted(body))
+            return annotated(ready, RETURN_TOKEN_IDS) if body.return_token_ids else ready
 
         return await _answer(service, pool, http, body, "text_completion", prepare, len(raw))
 
@@ -82,9 +86,11 @@ async def _answer(
     treat = treatment(http.headers)
     request_id = new_request_id(pool.name)
     ready = prepare(request_id) if body_bytes <= INLINE_BYTES else await asyncio.to_thread(prepare, request_id)
+    if body.model != pool.name:
+        ready = under_lora(ready, body.model)
     lane = lane_of(body.priority, body.service_tier)
     if body.service_tier is not None:
-        ready = replace(ready, annotations=[f"{SERVICE_TIER}{TIER_OF_LANE[lane]}"])
+        ready = annotated(ready, f"{SERVICE_TIER}{TIER_OF_LANE[lane]}")
     options = body.stream_options
     request = Request(
         id=request_id,
@@ -104,6 +110,16 @@ async def _answer(
         return WholeAnswer(service, pool, opening)
     transcript = NumberedTranscript.from_start if treat.resumable else Transcript
     return StreamedAnswer(service, pool, opening, functools.partial(transcript, pool.preprocessor.tokenizer))
+
+
+def annotated(ready: BackendInput, annotation: str) -> BackendInput:
+    """The same input with one more annotation: every replica reads them, workers do not."""
+    return replace(ready, annotations=[*ready.annotations, annotation])
+
+
+def under_lora(ready: BackendInput, name: str) -> BackendInput:
+    """The same request for an adapter of the pool's model, which is what the answer says it came from."""
+    return replace(ready, model=name, routing=replace(ready.routing or RoutingHints(), lora_name=name))
 
 
 def idempotency_key(owner: str, kind: str, key: str) -> str:

@@ -12,15 +12,18 @@ from pipeline.client import PoolClient
 from pipeline.config import EngineSettings, MockSettings, PoolSettings, Settings, VllmSettings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
+from pipeline.features import LOGPROBS, is_served
+from pipeline.loras import loras_of
 from pipeline.preprocess import Preprocessor
-from pipeline.tokenizer import Tokenizer
+from pipeline.tokenizer import NoTokenizer, Tokenizer
 
 
 @contextlib.asynccontextmanager
 async def open_pool(name: str, settings: Settings, connection: Connection, process: str) -> AsyncIterator[ServedPool]:
     """The pool `name` of `settings`, its client named `process`. Raises ConfigError and RedisUnavailable."""
     pool = settings.pools[name]
-    tokenizer = await asyncio.to_thread(load_tokenizer, pool.tokenizer or pool.model)
+    loras = tuple(loras_of(pool))
+    tokenizer = await asyncio.to_thread(load_tokenizer, pool)
     preprocessor = Preprocessor(
         tokenizer,
         model=name,
@@ -37,13 +40,17 @@ async def open_pool(name: str, settings: Settings, connection: Connection, proce
         buffer_items=settings.api.stream_buffer_items,
         silence_s=settings.api.silence_s,
     ) as client:
-        yield ServedPool(name, preprocessor, client, int(time.time()))
+        yield ServedPool(name, preprocessor, client, int(time.time()), pool.engine, loras)
 
 
-def load_tokenizer(source: str) -> Tokenizer:
+def load_tokenizer(pool: PoolSettings) -> Tokenizer | NoTokenizer:
     """A tokenizer that is ready: what it makes on first use is made, so that no request waits for it."""
-    tokenizer = Tokenizer.load(source)
+    if not pool.has_tokenizer:
+        return NoTokenizer.load(pool.model)
+    tokenizer = Tokenizer.load(pool.tokenizer_source)
     tokenizer.token_bytes(skip_special_tokens=True)
+    if is_served(pool.engine, LOGPROBS):  # they show special tokens, too
+        tokenizer.token_bytes(skip_special_tokens=False)
     return tokenizer
 
 

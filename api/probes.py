@@ -19,16 +19,21 @@ PROBE = ["GET", "HEAD"]
 
 
 def model_routes(service: Service) -> APIRouter:
-    """The configured pools as models; a pool is listed whether or not its workers live, else nothing arrives that could wake them."""
+    """The configured pools and their adapters as models, listed whether or not workers live: else nothing arrives that could wake them."""
     router = APIRouter()
 
     @router.get("/v1/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": [_model(pool) for pool in service.pools.values()]})
+        return _json(
+            {
+                "object": "list",
+                "data": [_model(pool, name) for pool in service.pools.values() for name in (pool.name, *pool.loras)],
+            }
+        )
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
-        return _json(_model(service.pool(model)))
+        return _json(_model(service.pool(model), model))
 
     return router
 
@@ -125,13 +130,14 @@ def worst(states: list[str]) -> str:
     return next((state for state in ("unavailable", "degraded") if state in states), "ok")
 
 
-def _model(pool: ServedPool) -> dict[str, Any]:
+def _model(pool: ServedPool, name: str) -> dict[str, Any]:
     return {
-        "id": pool.name,
+        "id": name,
         "object": "model",
         "created": pool.created_s,
         "owned_by": "baton",
         "max_model_len": pool.preprocessor.max_model_len,
+        **({} if name == pool.name else {"parent": pool.name}),
     }
 
 

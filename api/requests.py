@@ -15,10 +15,12 @@ from api.access import Found, find_request
 from api.answers import StreamedAnswer
 from api.event_ids import LAST_EVENT_ID, Place, read_event_id
 from api.feed import Choices
+from api.logprobs import Logprobs
 from api.service import Service
 from api.sse import FINISH_WORDS, choice_body, usage_fields
 from api.transcript import NumberedTranscript
 from pipeline.errors import RequestNotFound
+from pipeline.logprobs import record_bytes, records_between
 from pipeline.protocol import Timeline
 from pipeline.stream import TokenChunk, Usage
 
@@ -94,15 +96,18 @@ def _record(found: Found) -> dict[str, Any]:
 
 def _choices(found: Found) -> list[dict[str, Any]]:
     """Each choice with its text so far: what is certain, and all of it where the choice has ended."""
-    log = found.standing.log
+    log, records = found.standing.log, found.standing.logprobs
+    logprobs, size = Logprobs(found.pool.preprocessor.tokenizer, found.request), record_bytes(found.request.input)
     choices = Choices(found.pool.preprocessor.tokenizer, found.request, by_token=False)
     texts = ["" for _ in log.tokens]
     for choice, (tokens, reason) in enumerate(zip(log.tokens, log.finished, strict=True)):
-        for _, text, _ in choices.push((TokenChunk(choice, 0, tokens, reason),)):
+        chunk = TokenChunk(choice, 0, tokens, reason, records_between(records[choice], 0, len(tokens), size))
+        logprobs.push(chunk)
+        for _, text, _, _ in choices.push((chunk,)):
             texts[choice] += text
     words = [FINISH_WORDS[reason] if reason is not None else None for reason in choices.reasons]
     return [
-        choice_body(found.request, index, text, word)
+        choice_body(found.request, index, text, log.tokens[index], word, logprobs.take(index))
         for index, (text, word) in enumerate(zip(texts, words, strict=True))
     ]
 

@@ -22,6 +22,8 @@ class ServedPool:
     preprocessor: Preprocessor
     client: PoolClient
     created_s: int
+    engine: str = "torch"  # what its workers run: not every engine serves everything
+    loras: tuple[str, ...] = ()  # adapters of its model, each a model of its own to clients
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,8 +41,8 @@ class Service:
         return self.redis.problems if self.redis is not None else []
 
     def pool(self, model: str) -> ServedPool:
-        """The pool of a model id. Raises ModelNotFound."""
-        pool = self.pools.get(model)
+        """The pool that serves a model id: its own name, or that of an adapter. Raises ModelNotFound."""
+        pool = self.pools.get(model) or next((pool for pool in self.pools.values() if model in pool.loras), None)
         if pool is None:
             raise ModelNotFound(f"model {model[:100]!r} does not exist; see /v1/models", param="model")
         return pool

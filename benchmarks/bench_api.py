@@ -167,7 +167,7 @@ def bare_app(clock: Clock, tokens: int, *, is_paced: bool) -> tuple[Any, Callabl
     body = BackendInput(
         request_id="x", model=POOL, token_ids=[1], stop_conditions=StopConditions(), sampling_options=SamplingOptions()
     )
-    event = Events(Request(id="bench-" + "x" * 22, kind="chat.completion", created_s=0, input=body)).text(0, " quick")
+    event = Events(Request(id="bench-" + "x" * 22, kind="chat.completion", created_s=0, input=body)).piece(0, " quick")
     loop = asyncio.get_event_loop()
     waiters: list[asyncio.Future[None]] = []
     come = 0

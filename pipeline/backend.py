@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 
 from pipeline.protocol import BackendInput, FinishReason
-from pipeline.tokenizer import Tokenizer
+from pipeline.tokenizer import NoTokenizer, Tokenizer
 
 LONGEST_TORN_CHARACTER_TOKENS = 8  # a character has at most 4 bytes; a replacement character that stays longer is meant
 
@@ -36,7 +36,7 @@ class Text(msgspec.Struct, frozen=True, gc=False):
 class Backend:
     """The text of one choice of `request`. Push what the choice's log gets, in order; then `finish` unless a push said `stopped`."""
 
-    def __init__(self, tokenizer: Tokenizer, request: BackendInput) -> None:
+    def __init__(self, tokenizer: Tokenizer | NoTokenizer, request: BackendInput) -> None:
         stop, include = request.stop_conditions, request.sampling_options.include_stop_str_in_output
         self._detokenizer = detokenizer(tokenizer, skip_special_tokens=request.output_options.skip_special_tokens)
         self._stops = StopStrings(stop.stop, include=include) if stop.stop else None
@@ -140,12 +140,26 @@ class Detokenizer(Protocol):
     def finish(self) -> str: ...
 
 
-def detokenizer(tokenizer: Tokenizer, *, skip_special_tokens: bool) -> Detokenizer:
-    """By table where the model's decoder works on bytes, else by a window over its decoder."""
+def detokenizer(tokenizer: Tokenizer | NoTokenizer, *, skip_special_tokens: bool) -> Detokenizer:
+    """By table where the model's decoder works on bytes, else by a window over its decoder; no text without a tokenizer."""
+    if isinstance(tokenizer, NoTokenizer):
+        return NoText()
     table = tokenizer.token_bytes(skip_special_tokens=skip_special_tokens)
     if table is not None:
         return ByteDetokenizer(table)
     return WindowDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+
+
+class NoText:
+    """For tokens that nobody here can read."""
+
+    __slots__ = ()
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
 
 
 class ByteDetokenizer:

@@ -17,6 +17,8 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 
+NO_TOKENIZER = "none"
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all sections."""
@@ -37,8 +39,19 @@ class PoolSettings(Section, frozen=True, kw_only=True):
 
     model: str = "baton-tiny"  # the built-in model, a folder, or a hub id
     engine: Literal["torch", "vllm", "mock"] = "torch"
-    tokenizer: str = ""  # empty: the model's own
+    tokenizer: str = ""  # empty: the model's own; "none": token ids in, token ids out
     max_model_len: Amount = 0  # 0: what the model says
+    loras: str = ""  # NAME=FOLDER NAME2=FOLDER2: adapters of the model, each a model of its own in the API
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is text at all."""
+        return self.tokenizer != NO_TOKENIZER
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer comes from, if there is one."""
+        return self.tokenizer or self.model
 
 
 class ApiSettings(Section, frozen=True, kw_only=True):
@@ -195,8 +208,9 @@ class NixlSettings(Section, frozen=True, kw_only=True):
 class TransferSettings(Section, frozen=True, kw_only=True):
     """`[transfer]`"""
 
-    kind: Literal["auto", "shm", "nixl", "tcp"] = "auto"
+    kind: Literal["auto", "cuda_ipc", "shm", "nixl", "tcp"] = "auto"
     arena_bytes: Count = 268_435_456  # shared memory of one prefill worker
+    cuda_arena_bytes: Annotated[int, Meta(ge=0)] = 0  # memory of its GPU for the same; 0: a twentieth
     slab_bytes: Count = 65_536
     dir: str = "/dev/shm"
     verify: bool = False  # content digest in each handle

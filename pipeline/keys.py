@@ -31,6 +31,7 @@ TABLE: dict[str, KeySpec] = {
         "req:{0}", "hash", "admit", "no TTL while it lives; the end sets `queue.result_ttl_s`, or `queue.dead_ttl_s`"
     ),
     "log": KeySpec("log:{0}:{1}", "string of packed u32", "handover, step", "as its request"),
+    "probs": KeySpec("probs:{0}:{1}", "string of records", "handover, step", "as its request"),
     "lane": KeySpec("q:{0}:{1}", "stream", "admit, handover", "kept; an entry is deleted when acked"),
     "deadlines": KeySpec("deadlines", "zset id -> ms", "admit", "member until the request ends"),
     "counters": KeySpec("counters", "hash", "all scripts", "kept"),
@@ -121,6 +122,10 @@ class PoolKeys:
     def log(self, request_id: str, choice: int) -> str:
         """String: packed token ids of one choice."""
         return self._of("log", request_id, choice)
+
+    def logprobs(self, request_id: str, choice: int) -> str:
+        """String: log probabilities of one choice, where they were asked for; one record for each of its tokens."""
+        return self._of("probs", request_id, choice)
 
     def lane(self, stage: str, lane: str) -> str:
         """Stream: waiting and running tasks of a stage; `lane` is high, default, low or `@worker`."""

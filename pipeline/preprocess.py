@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from pipeline.errors import ContextLengthExceeded, InvalidRequest
 from pipeline.protocol import BackendInput, OutputOptions, SamplingOptions, StopConditions
-from pipeline.tokenizer import Message, Tokenizer
+from pipeline.tokenizer import Message, NoTokenizer, Tokenizer
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +27,9 @@ class Preprocessor:
     `model`: the pool's name as clients say it. `max_model_len`: prompt and output tokens together, at most.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, model: str, max_model_len: int, default_max_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | NoTokenizer, *, model: str, max_model_len: int, default_max_tokens: int
+    ) -> None:
         self.tokenizer = tokenizer
         self.model = model
         self.max_model_len = max_model_len
@@ -42,25 +44,38 @@ class Preprocessor:
         template_variables: dict[str, Any] | None = None,
     ) -> BackendInput:
         """Messages by the model's chat template. Raises InvalidRequest (no template, or it refuses) and ContextLengthExceeded."""
-        if not self.tokenizer.has_chat_template:
+        tokenizer = self._reader("messages")
+        if not tokenizer.has_chat_template:
             raise InvalidRequest(
                 f"model {self.model!r} has no chat template, so it takes no messages: use /v1/completions",
                 param="messages",
             )
-        text = self.tokenizer.render(messages, template_variables or {})
-        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        text = tokenizer.render(messages, template_variables or {})
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
         return self._assemble(request_id, token_ids, wanted, param="messages")
 
     def completion(self, request_id: str, prompt: str | Sequence[int], wanted: Wanted) -> BackendInput:
         """A prompt as text or as token ids. Raises InvalidRequest and ContextLengthExceeded."""
         if isinstance(prompt, str):
-            token_ids = self.tokenizer.encode(prompt, add_special_tokens=True)
+            token_ids = self._reader("prompt").encode(prompt, add_special_tokens=True)
             return self._assemble(request_id, token_ids, wanted, param="prompt")
         ready = self._assemble(request_id, list(prompt), wanted, param="prompt")
         self._check_ids(prompt, "prompt")  # after the length: there may be millions
         return ready
 
+    def _reader(self, param: str) -> Tokenizer:
+        """Who reads text. Raises InvalidRequest where nobody does."""
+        if isinstance(self.tokenizer, NoTokenizer):
+            raise InvalidRequest(
+                f"model {self.model!r} is served without a tokenizer: send token ids as prompt to /v1/completions, "
+                "without stop strings",
+                param=param,
+            )
+        return self.tokenizer
+
     def _assemble(self, request_id: str, token_ids: list[int], wanted: Wanted, *, param: str) -> BackendInput:
+        if wanted.stop.stop:
+            self._reader("stop")
         self._check_ids(wanted.stop.stop_token_ids or [], "stop_token_ids")
         max_tokens = self._fit(len(token_ids), wanted.stop.max_tokens, param)
         if (wanted.stop.min_tokens or 0) > max_tokens:

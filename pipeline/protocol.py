@@ -80,6 +80,7 @@ class RoutingHints(Wire, frozen=True, kw_only=True):
 
     lora_name: str | None = None
     cache_salt: str | None = None
+    priority: int = 0  # inside the engine, lower goes first; a worker sets it from the lane, so it is stored nowhere
 
 
 class BackendInput(Wire, frozen=True, kw_only=True, tag="backend_input.v1", tag_field="type"):
@@ -167,6 +168,7 @@ class LLMEngineOutput(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     log_probs: list[float] | None = None
     error: str | None = None  # with FinishReason.ERROR: what happened
+    top_logprobs: list[list[tuple[int, float]]] | None = None  # of each token: the likeliest at its place, best first
 
 
 class TokenItem(msgspec.Struct, frozen=True, array_like=True, tag="t"):
@@ -177,6 +179,7 @@ class TokenItem(msgspec.Struct, frozen=True, array_like=True, tag="t"):
     index: int
     tokens: bytes
     finish_reason: str = ""
+    logprobs: bytes = b""  # records of these tokens (`pipeline/logprobs.py`), where they were asked for
 
 
 class Timeline(msgspec.Struct, frozen=True, array_like=True):

@@ -18,6 +18,7 @@ import msgspec
 from pipeline.connection import Arg, Connection, Script
 from pipeline.errors import IdempotencyConflict, QueueFull, WireError
 from pipeline.keys import PoolKeys
+from pipeline.logprobs import pack_logprobs
 from pipeline.protocol import (
     UNREADABLE,
     WIRE_VERSION,
@@ -66,6 +67,7 @@ class Delivery:
     is_suspect: bool = (
         False  # its last delivery ended in a dead engine: nothing else is started beside it until it has made progress
     )
+    priority: str = "default"  # the lane that its client asked for; `lane` is where it was claimed from
 
     @property
     def key(self) -> str:
@@ -105,6 +107,7 @@ class Standing:
     attempts: int = 0
     linger_s: float | None = 0.0
     request: Request | None = None
+    logprobs: list[bytes] = dataclasses.field(default_factory=list)  # by choice, where they were asked for
 
     @property
     def has_ended(self) -> bool:
@@ -250,9 +253,11 @@ class PoolQueue:
         state, reason, stage = (answer[i].decode() for i in range(3))
         prompt, completion, cached = (int(answer[i]) for i in range(3, 6))
         timeline = Timeline(*(int(value) for value in answer[6:13]))
+        rows = [row for at, row in enumerate(answer[17:]) if at % 3 < 2]
         return Standing(
-            state, reason, stage, prompt, completion, cached, timeline, _log(answer[17:]), lane=answer[13].decode(),
+            state, reason, stage, prompt, completion, cached, timeline, _log(rows), lane=answer[13].decode(),
             attempts=int(answer[14]), linger_s=int(answer[15]) / 1000 if answer[15] else None, request=_stored(request_id, answer[16]),
+            logprobs=answer[19::3],
         )  # fmt: skip
 
     async def linger(self, request_id: str, seconds: float) -> str:
@@ -309,7 +314,8 @@ class PoolQueue:
         return Delivery(
             id=answer[0].decode(), epoch=int(answer[1]), body=answer[2], stage=answer[3].decode(), lane=answer[4].decode(),
             handle=answer[5], attempts=int(answer[6]), deadline_ms=int(answer[7]), api=answer[8].decode(),
-            prompt_tokens=int(answer[9]), is_suspect=answer[10] == b"1", log=_log(answer[11:]),
+            prompt_tokens=int(answer[9]), is_suspect=answer[10] == b"1", log=_log(answer[12:]),
+            priority=answer[11].decode() or "default",
         )  # fmt: skip
 
     async def handover(
@@ -324,7 +330,9 @@ class PoolQueue:
         for output in outputs:
             tokens = pack_tokens(output.token_ids)
             reason = output.finish_reason or ""
-            items += (output.choice, output.index, tokens, reason, self.frame_item(delivery.id, output, tokens))
+            logprobs = pack_logprobs(output)
+            frame_item = self.frame_item(delivery.id, output, tokens, logprobs)
+            items += (output.choice, output.index, tokens, reason, frame_item, logprobs)
         handle = (self._encode(kv), kv.id, kv.owner) if kv else (b"", "", "")
         answer = await self._call("handover", delivery.id, delivery.epoch, worker, lane, *handle, cached_tokens, *items)
         return _verdict(answer), answer[1].decode() if len(answer) > 1 else ""
@@ -347,15 +355,17 @@ class PoolQueue:
                 tokens = pack_tokens(output.token_ids)
                 reason = output.finish_reason or ""
                 args += (item.request_id, item.epoch, output.choice, output.index, tokens, reason)
-                args.append(self.frame_item(item.request_id, output, tokens))
+                logprobs = pack_logprobs(output)
+                args += (self.frame_item(item.request_id, output, tokens, logprobs), logprobs)
             answers = await self._call("step", api, worker, *args)
             for position, answer in zip(positions, answers, strict=True):
                 verdicts[position] = Verdict(answer)
         return verdicts
 
-    def frame_item(self, request_id: str, output: LLMEngineOutput, tokens: bytes) -> bytes:
+    def frame_item(self, request_id: str, output: LLMEngineOutput, tokens: bytes, logprobs: bytes) -> bytes:
         """An output as an item of a frame."""
-        return self._encode(TokenItem(request_id, output.choice, output.index, tokens, output.finish_reason or ""))
+        reason = output.finish_reason or ""
+        return self._encode(TokenItem(request_id, output.choice, output.index, tokens, reason, logprobs))
 
     async def hand_back(
         self, delivery: Delivery, worker: str, *, counts: bool, max_attempts: int, why: str, delay_s: float = 0.0,

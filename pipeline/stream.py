@@ -11,6 +11,7 @@ import msgspec
 import structlog
 
 from pipeline.errors import RedisUnavailable
+from pipeline.logprobs import record_bytes, records_between
 from pipeline.protocol import EndItem, FinishReason, Log, Request, Timeline, TokenItem, unpack_tokens
 from pipeline.queue import ENDED_STATES, Restored, Standing
 
@@ -23,12 +24,19 @@ PART_TOKENS = 512  # of a long log, at a time: what others are to be sent comes 
 
 
 class TokenChunk(msgspec.Struct, frozen=True):
-    """Tokens of one choice that stand at `index` and after it."""
+    """Tokens of one choice that stand at `index` and after it; `logprobs`: the records of these tokens, where they were asked for."""
 
     choice: int
     index: int
     token_ids: list[int]
     finish_reason: FinishReason | None
+    logprobs: bytes = b""
+
+    def part(self, start: int, end: int, finish_reason: FinishReason | None) -> TokenChunk:
+        """Its tokens from `start` to `end`."""
+        size = len(self.logprobs) // len(self.token_ids)
+        records = self.logprobs[start * size : end * size]
+        return TokenChunk(self.choice, self.index + start, self.token_ids[start:end], finish_reason, records)
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -90,6 +98,7 @@ class RequestStream:
         ] * choices  # why those choices ended that the reader has seen end
         self._buffer: list[TokenChunk] = []
         self._buffer_items = buffer_items
+        self._record_bytes = record_bytes(request.input) if request is not None else 0
         self._is_long = False  # the buffer holds chunks of more than `PART_TOKENS`
         self._behind = False  # the log knows more than the buffer: read it before going on
         self._waiter: asyncio.Future[None] | None = None
@@ -109,7 +118,7 @@ class RequestStream:
         """Take a live item: keep it, drop what the reader has, or note that something is missing."""
         if self.has_diverged:
             return
-        choice, index = item.choice, item.index
+        choice, index, logprobs = item.choice, item.index, item.logprobs
         data = item.tokens
         if len(data) == 4 and index == self._next[choice]:
             tokens = [int.from_bytes(data, "little")]
@@ -126,12 +135,14 @@ class RequestStream:
             if not tokens and not (item.finish_reason and self._reasons[choice] is None):
                 return
             index += have
+            logprobs = logprobs[have * self._record_bytes :]
         if self._behind:
             return
         if len(self._buffer) >= self._buffer_items:  # a slow reader goes on from the log, this process does not grow
             self.fall_behind()
             return
-        self._append(choice, index, tokens, FinishReason(item.finish_reason) if item.finish_reason else None)
+        reason = FinishReason(item.finish_reason) if item.finish_reason else None
+        self._append(choice, index, tokens, reason, logprobs if self._record_bytes else b"")
         self._wake()
 
     def feed_end(self, item: EndItem) -> None:
@@ -154,12 +165,12 @@ class RequestStream:
         """Seconds since anything came."""
         return now_s - self._last_item_s
 
-    def _append(self, choice: int, index: int, tokens: list[int], reason: FinishReason | None) -> None:
+    def _append(self, choice: int, index: int, tokens: list[int], reason: FinishReason | None, logprobs: bytes) -> None:
         self._next[choice] = index + len(tokens)
         self._delivered[choice] += tokens
         if reason is not None:
             self._reasons[choice] = reason
-        self._buffer.append(TokenChunk(choice, index, tokens, reason))
+        self._buffer.append(TokenChunk(choice, index, tokens, reason, logprobs))
 
     def _diverge(self, choice: int, certain: Sequence[int] | None = None) -> None:
         """Redis lost the end of a log and other tokens stand there now: end the stream rather than splice two answers.
@@ -262,11 +273,17 @@ class RequestStream:
                 return
             missing = tokens[self._next[choice] :]
             if missing or (reason is not None and self._reasons[choice] is None):
-                self._append(choice, self._next[choice], missing, reason)
+                self._append(choice, self._next[choice], missing, reason, self._records(standing, choice, len(tokens)))
                 self._is_long |= len(missing) > PART_TOKENS
         if standing.has_ended and self.ended is None:
             usage = Usage(standing.prompt_tokens, standing.completion_tokens, standing.cached_tokens)
             self.ended = Ended(standing.state, standing.reason, usage, standing.stage, standing.timeline)
+
+    def _records(self, standing: Standing, choice: int, count: int) -> bytes:
+        """The records of the tokens that the reader has not got, of `count` in all."""
+        if not self._record_bytes:
+            return b""
+        return records_between(standing.logprobs[choice], self._next[choice], count, self._record_bytes)
 
     def _is_behind(self, standing: Standing, sent: list[int]) -> bool:
         """Whether a living request's logs hold less than the reader was sent: Redis lost the difference."""
@@ -309,6 +326,6 @@ def in_parts(chunks: Sequence[TokenChunk]) -> Iterator[TokenChunk]:
     for chunk in chunks:
         tokens, start = chunk.token_ids, 0
         while len(tokens) - start > PART_TOKENS:
-            yield TokenChunk(chunk.choice, chunk.index + start, tokens[start : start + PART_TOKENS], None)
+            yield chunk.part(start, start + PART_TOKENS, None)
             start += PART_TOKENS
-        yield TokenChunk(chunk.choice, chunk.index + start, tokens[start:], chunk.finish_reason)
+        yield chunk.part(start, len(tokens), chunk.finish_reason) if start else chunk

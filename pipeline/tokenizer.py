@@ -27,6 +27,26 @@ Message = Mapping[str, Any]
 TokenToBytes = Callable[[str], bytes]
 
 
+class NoTokenizer:
+    """A model that is served by token ids alone: what its configuration says of them. It needs a folder with a `config.json`."""
+
+    def __init__(self, vocab_size: int, *, eos_token_ids: Sequence[int] = (), max_model_len: int | None = None) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_ids = list(eos_token_ids)
+        self.max_model_len = max_model_len
+
+    @classmethod
+    def load(cls, source: str) -> NoTokenizer:
+        """`source`: as `Tokenizer.load` takes it. Raises ConfigError where the vocabulary is not said."""
+        place = model_source(source)
+        config, generation_config = _read_json(place, "config.json"), _read_json(place, "generation_config.json")
+        vocab_size = _model_value(config, "vocab_size")
+        if vocab_size is None:
+            raise ConfigError(f"{source!r} has no config.json with a vocab_size, which a pool without tokenizer needs")
+        eos_token_ids = _named_eos(config, generation_config)
+        return cls(vocab_size, eos_token_ids=eos_token_ids, max_model_len=_max_model_len(config))
+
+
 class Tokenizer:
     """Text to token ids and back for one model. Reading only; safe to share between threads.
 
@@ -153,10 +173,13 @@ def _max_model_len(config: Mapping[str, Any]) -> int | None:
 
 def _eos_token_ids(hf: Any, config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> list[int]:
     """The ids that `generation_config.json` names (else `config.json`), and the tokenizer's own."""
-    ids: list[int] = []
-    for named in (generation_config.get("eos_token_id", config.get("eos_token_id")), hf.eos_token_id):
-        ids.extend([named] if isinstance(named, int) else named or [])
-    return list(dict.fromkeys(ids))
+    own = [hf.eos_token_id] if hf.eos_token_id is not None else []
+    return list(dict.fromkeys([*_named_eos(config, generation_config), *own]))
+
+
+def _named_eos(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> list[int]:
+    named = generation_config.get("eos_token_id", config.get("eos_token_id"))
+    return [named] if isinstance(named, int) else list(named or [])
 
 
 def _token_to_bytes(decoder: Any) -> TokenToBytes | None:

@@ -70,11 +70,11 @@ class System:
     # -- processes ------------------------------------------------------------------------------------------------------
 
     def spawn(
-        self, module: str, *arguments: str, code: Path | None = None, path: Path | None = None
+        self, module: str, *arguments: str, code: Path | None = None, path: Path | None = None, gpu: str | None = None
     ) -> subprocess.Popen[bytes]:
         """Start `python -m module`, of another version where `code` is a checkout of it; it dies with this process.
 
-        `path`: a folder that Python looks into first.
+        `path`: a folder that Python looks into first. `gpu`: the only one that it sees.
         """
         sets = [part for override in self.overrides for part in ("--set", override)]
         command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *sets, *arguments]
@@ -83,18 +83,26 @@ class System:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if (first := code or path) is not None:
             environment["PYTHONPATH"] = str(first)
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         with path.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=code)
         self.processes.append(process)
         return process
 
     async def worker(
-        self, stage: str, *overrides: str, app: str = "", code: Path | None = None, path: Path | None = None
+        self,
+        stage: str,
+        *overrides: str,
+        app: str = "",
+        code: Path | None = None,
+        path: Path | None = None,
+        gpu: str | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start one worker and wait until it is registered. `app`: the module of a stage of one's own."""
         before = set(await self.alive(stage))
         sets = [part for override in overrides for part in ("--set", override)]
-        process = self.spawn("workers", stage, *sets, *(("--app", app) if app else ()), code=code, path=path)
+        process = self.spawn("workers", stage, *sets, *(("--app", app) if app else ()), code=code, path=path, gpu=gpu)
         await self.until(lambda: self._joined(stage, before, process))
         return process
 

@@ -104,7 +104,7 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
     exports = stage == "prefill"
     transfer = await with_addresses(settings.transfer, settings.redis.url) if exports else settings.transfer
     engine = ChildEngine(name, pool_settings, settings.engine, transfer, exports=exports)
-    stops = StopStrings(pool_settings.tokenizer or pool_settings.model)
+    stops = StopStrings(pool_settings)
     connection = Connection(settings.redis)
     supervisor = EngineSupervisor(
         engine, holdings, settings.worker, on_outputs=lambda outputs: take(outputs), on_change=lambda: worker.wake()

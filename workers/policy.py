@@ -1,10 +1,14 @@
-"""What a worker decides from values at hand: which lanes a claim looks at, and how long a failed task waits. Pure functions."""
+"""What a worker decides from values at hand: which lanes a claim looks at, what an engine is told of a request, and how long a
+failed task waits. Pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.queue import LaneLook
+from msgspec.structs import replace
+
+from pipeline.protocol import BackendInput, RoutingHints
+from pipeline.queue import LANES, Delivery, LaneLook
 
 GUARD_EVERY = 8  # each so many claims what has aged on lower lanes goes first
 
@@ -19,6 +23,13 @@ def lane_looks(own: str, turn: int, free_blocks: Mapping[str, int]) -> list[Lane
     if turn % GUARD_EVERY == GUARD_EVERY - 1:
         looks += [LaneLook(lane, free_blocks[lane], aged=True) for lane in ("low", "default")]
     return looks + [LaneLook(lane, free_blocks[lane]) for lane in ("high", "default", "low")]
+
+
+def engines_view(request: BackendInput, delivery: Delivery) -> BackendInput:
+    """The request as the engine gets it: under the name of its delivery, and with the priority of its lane."""
+    priority = LANES.index(delivery.priority) if delivery.priority in LANES else 0
+    routing = replace(request.routing or RoutingHints(), priority=priority)
+    return replace(request, request_id=delivery.key, routing=routing)
 
 
 def free_for_share(share: float, total: int, used: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -14,6 +15,8 @@ from pipeline.queue import PoolQueue, StepItem, Verdict
 from workers.holdings import Held, Holdings, is_logged
 
 log = structlog.get_logger("baton.steps")
+
+T = TypeVar("T")
 
 
 class StepWriter:
@@ -88,8 +91,17 @@ def merged(outputs: Sequence[LLMEngineOutput]) -> list[LLMEngineOutput]:
             before.index + len(before.token_ids) == output.index and before.finish_reason is None and is_logged(output)
         ):
             joined[key] = msgspec.structs.replace(
-                output, index=before.index, token_ids=before.token_ids + output.token_ids
+                output,
+                index=before.index,
+                token_ids=before.token_ids + output.token_ids,
+                log_probs=_joined(before.log_probs, output.log_probs),
+                top_logprobs=_joined(before.top_logprobs, output.top_logprobs),
             )
         else:
             rest.append(output)
     return [*joined.values(), *rest]
+
+
+def _joined(before: list[T] | None, after: list[T] | None) -> list[T] | None:
+    """A last output may have a finish reason and no token, so nothing here either."""
+    return before if after is None else after if before is None else before + after

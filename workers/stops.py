@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from pipeline.config import PoolSettings
+from pipeline.errors import Unservable
 from pipeline.protocol import BackendInput, FinishReason, LLMEngineOutput
 from workers.holdings import Task
 
@@ -18,20 +20,22 @@ if TYPE_CHECKING:
 class StopStrings:
     """Text state of the choices that have stop strings. The tokenizer is loaded when the first such request comes."""
 
-    def __init__(self, tokenizer_source: str) -> None:
-        self._source = tokenizer_source
+    def __init__(self, pool: PoolSettings) -> None:
+        self._pool = pool
         self._new_backend: Callable[[BackendInput], Backend] | None = None
         self._loading = asyncio.Lock()
         self._choices: dict[str, list[Backend]] = {}
 
     async def open(self, task: Task) -> None:
-        """Begin a request: the text of its choices stands where their logs do."""
+        """Begin a request: the text of its choices stands where their logs do. Raises Unservable where there is no tokenizer."""
         request = task.request.input
         if not request.stop_conditions.stop:
             return
+        if not self._pool.has_tokenizer:
+            raise Unservable(f"request {request.request_id} has stop strings, its pool no tokenizer")
         async with self._loading:
             if self._new_backend is None:
-                self._new_backend = await asyncio.to_thread(_load, self._source)
+                self._new_backend = await asyncio.to_thread(_load, self._pool.tokenizer_source)
         backends = [self._new_backend(request) for _ in task.log.tokens]
         for backend, tokens in zip(backends, task.log.tokens, strict=True):
             backend.push(tokens)
@@ -47,8 +51,13 @@ class StopStrings:
             return output
         if not text.accepted:
             return None
+        kept = slice(text.accepted)
         return msgspec.structs.replace(
-            output, token_ids=output.token_ids[: text.accepted], finish_reason=FinishReason.STOP
+            output,
+            token_ids=output.token_ids[kept],
+            finish_reason=FinishReason.STOP,
+            log_probs=output.log_probs and output.log_probs[kept],
+            top_logprobs=output.top_logprobs and output.top_logprobs[kept],
         )
 
     def cut_all(self, outputs: Sequence[LLMEngineOutput]) -> list[LLMEngineOutput]:

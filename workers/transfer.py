@@ -7,6 +7,7 @@ The engine says where the blocks are in its memory (`BlockSource`, `BlockSink`);
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -16,9 +17,36 @@ from pipeline.config import TransferSettings
 from pipeline.protocol import KVHandle
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceBytes:
+    """Memory of a GPU from `address` on. The copies of this process's `device` reach it; it may be another process's or device's."""
+
+    device: int
+    address: int
+    nbytes: int
+
+
+Memory = memoryview | DeviceBytes  # a view is of format "B"
+
+
+def host(memory: Memory) -> memoryview:
+    """What an engine gets whose blocks lie in host memory. Raises `TypeError` for anything else."""
+    if isinstance(memory, memoryview):
+        return memory
+    raise TypeError(f"{memory} was given to an engine whose blocks lie in host memory")
+
+
+def part(memory: Memory, offset: int, nbytes: int) -> Memory:
+    """`nbytes` bytes of it from `offset` on."""
+    if isinstance(memory, memoryview):
+        return memory[offset : offset + nbytes]
+    return DeviceBytes(memory.device, memory.address + offset, nbytes)
+
+
 class BlockSource(Protocol):
     """Blocks to export, in order of the request's block table."""
 
+    device: int | None  # the GPU that they lie on, an ordinal of this process; None: host memory
     request_id: str
     layout: str  # fingerprint, copied into the handle
     num_tokens: int  # tokens whose keys and values the blocks hold
@@ -26,19 +54,20 @@ class BlockSource(Protocol):
     nbytes: int  # of all blocks, gathered
     cached_tokens: int
 
-    def gather(self, out: memoryview) -> None:
-        """Write all blocks, in order and without gaps, into `out` (format "B", length `nbytes`)."""
+    def gather(self, out: Memory) -> None:
+        """Write all blocks, in order and without gaps, into `out` (length `nbytes`): host memory, or memory of `device`."""
         ...
 
 
 class BlockSink(Protocol):
     """Blocks of the fetching engine that take the bytes in."""
 
+    device: int | None  # as of a `BlockSource`
     layout: str
     nbytes: int
 
-    def scatter(self, data: memoryview) -> None:
-        """Read all blocks, in order and without gaps, from `data` (format "B", length `nbytes`)."""
+    def scatter(self, data: Memory) -> None:
+        """Read all blocks, in order and without gaps, from `data` (length `nbytes`): host memory, or what `device` reaches."""
         ...
 
 
@@ -69,8 +98,11 @@ class Transfer(Protocol):
         """The worker that its handles name."""
         ...
 
-    async def start(self) -> None:
-        """Take what is needed (memory, sockets). Raises `TransferError` naming what is missing and how to mend it."""
+    async def start(self, device: int | None = None) -> None:
+        """Take what is needed (memory, sockets). `device`: the GPU that the engine's blocks lie on.
+
+        Raises `TransferError` naming what is missing and how to mend it.
+        """
         ...
 
     async def export(self, blocks: BlockSource) -> KVHandle:

@@ -35,7 +35,7 @@ from pipeline.waiting import wait_at_most
 from workers.holdings import Held, Holdings, Task
 from workers.limits import TimeLimits, run_within
 from workers.outcome import Answer, Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify, packed
-from workers.policy import backoff_s, lane_looks
+from workers.policy import backoff_s, engines_view, lane_looks
 from workers.reports import Reports, lost, told
 
 log = structlog.get_logger("baton.worker")
@@ -298,8 +298,7 @@ class Worker:
             handle = self._decode_handle(delivery.handle) if delivery.handle else None
         except UNREADABLE as error:
             raise WireError(f"{delivery.id}: stored task is not readable: {error}") from error
-        engines_view = msgspec.structs.replace(request.input, request_id=delivery.key)
-        return Task(delivery, msgspec.structs.replace(request, input=engines_view), handle)
+        return Task(delivery, msgspec.structs.replace(request, input=engines_view(request.input, delivery)), handle)
 
     async def _run(self, held: Held) -> Outcome:
         name = self._name_of(held.task.request)

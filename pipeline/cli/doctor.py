@@ -102,7 +102,10 @@ def check_model(name: str, pool: PoolSettings) -> Iterator[Finding]:
         yield Finding(f"model {name}", Grade.OK, "mock engine: no weights needed")
     else:
         yield _check_weights(name, pool, Path(model_source(pool.model)))
-    source = pool.tokenizer or pool.model
+    if not pool.has_tokenizer:
+        yield Finding(f"tokenizer {name}", Grade.OK, "none: token ids alone, /v1/chat/completions is refused")
+        return
+    source = pool.tokenizer_source
     if not Path(model_source(source)).is_dir():
         yield Finding(f"tokenizer {name}", Grade.OK, f"{source} comes from the hub at the first start")
         return

@@ -195,7 +195,9 @@ class Up:
             raise ChildEnded(f"not everything was ready within {READY_LIMIT_S:g} s: see the lines above") from None
 
     async def _stream_sample(self) -> None:
-        model = next(iter(self._settings.pools))
+        model, pool = next(iter(self._settings.pools.items()))
+        if not pool.has_tokenizer:
+            return
         body = {"model": model, "messages": [{"role": "user", "content": SAMPLE_QUESTION}], "max_tokens": 200}
         self._say(f'asking {model}: "{SAMPLE_QUESTION}"')
         started_s = time.monotonic()
@@ -210,12 +212,16 @@ class Up:
         self._say(f"first token after {1000 * (first_s or 0):.0f} ms")
 
     def _say_hints(self) -> None:
-        model = next(iter(self._settings.pools))
-        body = {"model": model, "messages": [{"role": "user", "content": "Tell me a story."}], "stream": True}
-        self._say(f"try it from another terminal (or: {self._chat_command()}):")
-        line = (
-            f"curl -N {self._base_url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
-        )
+        model, pool = next(iter(self._settings.pools.items()))
+        body: dict[str, object] = {"model": model, "stream": True}
+        if pool.has_tokenizer:
+            route, other_way = "chat/completions", f" (or: {self._chat_command()})"
+            body |= {"messages": [{"role": "user", "content": "Tell me a story."}]}
+        else:
+            route, other_way = "completions", ""
+            body |= {"prompt": [1, 2, 3], "return_token_ids": True}
+        self._say(f"try it from another terminal{other_way}:")
+        line = f"curl -N {self._base_url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
         self._terminal.write(f"\n  {line}\n\n")
         self._say("serving; Ctrl-C stops everything in order")
 

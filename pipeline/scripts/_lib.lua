@@ -136,6 +136,7 @@ local function finish(id, state, reason, by, result)
   for choice = 0, tonumber(h[12]) - 1 do
     completion = completion + redis.call('STRLEN', key_log(id, choice)) / 4
     redis.call('EXPIRE', key_log(id, choice), h[15])
+    redis.call('EXPIRE', key_probs(id, choice), h[15])
   end
   redis.call('HSET', req, 'state', state, 'reason', reason, 't_ended', now_us(), 'completion', completion)
   if result and result ~= '' then redis.call('HSET', req, 'result', result) end
@@ -153,6 +154,11 @@ local function finish(id, state, reason, by, result)
   if h[16] and h[16] ~= '' then redis.call('EXPIRE', key_idem(h[16]), h[15]) end
   event(EVENT_OF[state], id, h[3], h[4], h[6], reason)
   return {state, reason}
+end
+
+-- One record a token, all of one size: each stands where its token's index says, so writing it again changes nothing.
+local function write_logprobs(id, choice, index, tokens, records)
+  redis.call('SETRANGE', key_probs(id, choice), #records / (#tokens / 4) * index, records)
 end
 
 local function log_length(id, n)

@@ -4,7 +4,7 @@
 -- ARGV: id, watch ('1' or ''), with the stored request ('1' or '')
 -- Answers: {} when unknown | {state, reason, stage, prompt tokens, completion tokens, cached tokens,
 --          the seven times of the timeline in us (0: did not happen), lane, attempts, linger ms ('': to its end), stored request or '',
---          (log, finish reason) of each choice ...}
+--          (log, finish reason, records of log probabilities or '') of each choice ...}
 -- Called twice: it reads, and sets the same flag.
 local id, watch, with_request = ARGV[1], ARGV[2], ARGV[3]
 local h = redis.call('HMGET', key_req(id), 'state', 'reason', 'stage', 'tokens', 'completion', 'cached', 'n', 'lane', 'attempts',
@@ -24,5 +24,6 @@ answer[#answer + 1] = with_request == '1' and redis.call('HGET', key_req(id), 'b
 for choice = 0, tonumber(h[7]) - 1 do
   answer[#answer + 1] = redis.call('GET', key_log(id, choice)) or ''
   answer[#answer + 1] = redis.call('HGET', key_req(id), 'fin:' .. choice) or ''
+  answer[#answer + 1] = redis.call('GET', key_probs(id, choice)) or ''
 end
 return answer

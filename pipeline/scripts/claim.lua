@@ -4,7 +4,7 @@
 -- KEYS: root
 -- ARGV: stage, worker, nonce of this claim, tasks that it holds, total blocks, tokens of a block, newest wire version, overtake ms,
 --       guard ms, then for each look at a lane: lane, free blocks for it, 'aged' (only what has waited for `guard ms`) or ''
--- Answers: {} | {id, epoch, body, stage, lane, handle, attempts, deadline ms, api, prompt tokens, suspect ('1' or ''),
+-- Answers: {} | {id, epoch, body, stage, lane, handle, attempts, deadline ms, api, prompt tokens, suspect ('1' or ''), priority,
 --          (log, finish reason) of each choice ...}
 -- Called twice: one nonce gives the same task again while it is still this worker's at that epoch, else {}.
 local stage, worker, nonce = ARGV[1], ARGV[2], ARGV[3]
@@ -15,8 +15,8 @@ local LOOKED_AT = 256 -- parked, and as many new, entries of a lane that are loo
 
 local function describe(id)
   local h = redis.call('HMGET', key_req(id), 'epoch', 'body', 'stage', 'lane', 'handle', 'attempts', 'deadline', 'api', 'n', 'tokens',
-    'suspect')
-  local answer = {id, h[1], h[2], h[3], h[4], h[5] or '', h[6], h[7], h[8], h[10], h[11] or ''}
+    'suspect', 'priority')
+  local answer = {id, h[1], h[2], h[3], h[4], h[5] or '', h[6], h[7], h[8], h[10], h[11] or '', h[12] or ''}
   for choice = 0, tonumber(h[9]) - 1 do
     answer[#answer + 1] = redis.call('GET', key_log(id, choice)) or ''
     answer[#answer + 1] = redis.call('HGET', key_req(id), 'fin:' .. choice) or ''

@@ -2,7 +2,8 @@
 -- First tokens go to the log and onto the bus. Where every choice ended with its first token the request ends here.
 -- KEYS: root
 -- ARGV: id, epoch, worker, decode lane or '' (the request's priority), handle or '', handle id, handle owner, cached tokens,
---       then for each first output: choice, index, packed tokens, finish reason or '', frame item
+--       then for each first output: choice, index, packed tokens, finish reason or '', frame item,
+--       records of log probabilities or ''
 -- Answers: {'ok', 'decode' | 'done'} | {'fenced'} | {'ended', state}
 -- Called twice: the epoch of the hand-over is kept, so the answer is the first one again.
 local id, epoch, worker, lane = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -19,9 +20,10 @@ if tonumber(h[15]) <= tonumber(now) / 1000 then return {'ended', finish(id, 'exp
 
 ack('prefill', h[5], h[6])
 local items, first = {}, false
-for i = 9, #ARGV, 5 do
+for i = 9, #ARGV, 6 do
   local choice, index, tokens, reason = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2], ARGV[i + 3]
   redis.call('SETRANGE', key_log(id, choice), 4 * index, tokens)
+  if ARGV[i + 5] ~= '' then write_logprobs(id, choice, index, tokens, ARGV[i + 5]) end
   if reason ~= '' then redis.call('HSET', req, 'fin:' .. choice, reason) end
   if index == 0 then first = true end
   items[#items + 1] = ARGV[i + 4]

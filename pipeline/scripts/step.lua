@@ -1,13 +1,14 @@
 -- Writes the tokens of one engine step into the logs and publishes those accepted as one frame. One call a step and API process.
 -- KEYS: root
--- ARGV: api, worker, then for each item: id, epoch, choice, index, packed tokens, finish reason or '', frame item
+-- ARGV: api, worker, then for each item: id, epoch, choice, index, packed tokens, finish reason or '', frame item,
+--       records of log probabilities or ''
 -- Answers: one number an item: 0 accepted, 1 fenced (another delivery owns it), 2 ended, 3 gap (its index is beyond the log)
 -- Called twice: SETRANGE at the item's own offset changes nothing, readers drop what they have by (choice, index).
 allow_writes()
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local answers, items, count_items = {}, {}, 0
-for i = 3, #ARGV, 7 do
+for i = 3, #ARGV, 8 do
   local id, index = ARGV[i], tonumber(ARGV[i + 3])
   local req = root .. 'req:' .. id
   local h = redis.call('HMGET', req, 'epoch', 'state', 'watch', 'deadline', 'owner')
@@ -23,6 +24,7 @@ for i = 3, #ARGV, 7 do
       answer = 3
     else
       redis.call('SETRANGE', log, 4 * index, ARGV[i + 4])
+      if ARGV[i + 7] ~= '' then write_logprobs(id, ARGV[i + 2], index, ARGV[i + 4], ARGV[i + 7]) end
       if ARGV[i + 5] ~= '' then redis.call('HSET', req, 'fin:' .. ARGV[i + 2], ARGV[i + 5]) end
       if index == 0 then redis.call('HSETNX', req, 't_first_token', time[1] .. string.format('%06d', time[2])) end
       count_items = count_items + 1

@@ -46,6 +46,7 @@ ENGINES = {
     "torch": (f"pools.{POOL}.engine=torch", "worker.stall_s=6", "engine.torch.max_num_seqs=12"),
     "vllm": (*VLLM, "worker.stall_s=20", "engine.vllm.max_num_seqs=12"),
 }  # fmt: skip
+START_LIMIT_S = {"mock": 30.0, "torch": 30.0, "vllm": 120.0}  # vLLM imports and loads for 20 s and more
 PLACES = (("prefill", 2), ("decode", 2), ("api", 2))
 LOOK_S = 0.05
 
@@ -146,8 +147,9 @@ class Fleet:
         """Members of these roles."""
         return [member for member in self.members if member.role in roles]
 
-    async def whole(self, *roles: str, limit_s: float = 30.0) -> Member:
+    async def whole(self, *roles: str) -> Member:
         """A member of these roles to which nothing is being done, once there is one."""
+        limit_s = START_LIMIT_S[self.engine]
         give_up_s = time.monotonic() + limit_s
         while not (able := [member for member in self.of(*roles) if member.is_whole]):
             if time.monotonic() > give_up_s:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from pipeline.config import EngineSettings, MockSettings, PoolSettings, TorchSettings, TransferSettings
-from pipeline.protocol import BackendInput, FinishReason, Log, SamplingOptions, StopConditions
+from pipeline.protocol import BackendInput, FinishReason, LLMEngineOutput, Log, SamplingOptions, StopConditions
 from workers.engine import load_engine
 from workers.engines.paged.engine import PagedEngine
 from workers.transfers.block_transfer import BlockTransfer
@@ -107,6 +107,7 @@ class Running:
         self.engine = engine
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.ends: dict[tuple[str, int], FinishReason] = {}
+        self.outputs: list[LLMEngineOutput] = []
         self._changed = asyncio.Condition()
         self._has_ended = False
         self.reading = asyncio.create_task(self._read())
@@ -152,6 +153,7 @@ class Running:
                 async with self._changed:
                     for output in outputs:
                         key = output.request_id, output.choice
+                        self.outputs.append(output)
                         self.tokens.setdefault(key, []).extend(output.token_ids)
                         if output.finish_reason is not None:
                             self.ends[key] = output.finish_reason

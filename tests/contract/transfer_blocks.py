@@ -37,6 +37,7 @@ class Bytes:
     """A `BlockSource` of random bytes, different for each seed."""
 
     def __init__(self, nbytes: int, seed: int = 0, *, layout: str = LAYOUT, request_id: str = "r1") -> None:
+        self.device = None
         self.request_id = request_id
         self.layout = layout
         self.num_tokens = nbytes
@@ -54,6 +55,7 @@ class Sink:
     """A `BlockSink` that keeps what it was given."""
 
     def __init__(self, nbytes: int, *, layout: str = LAYOUT) -> None:
+        self.device = None
         self.layout = layout
         self.nbytes = nbytes
         self.touched = False

@@ -60,6 +60,7 @@ def chat(**fields: Any) -> dict[str, Any]:
         (CHAT, chat(n="3"), 400, "invalid_request", "n"),
         (CHAT, chat(seed=-(10**40)), 400, "invalid_request", "seed"),
         (CHAT, chat(tools=[{"type": "function"}]), 400, "unsupported_parameter", "tools"),
+        (CHAT, chat(response_format={"type": "json_object"}), 400, "unsupported_parameter", "response_format"),
         (CHAT, chat(model="nobody"), 404, "model_not_found", "model"),
         (CHAT, chat(model="x" * 100_000), 404, "model_not_found", "model"),
         (CHAT, chat(max_tokens=40_000), 400, "context_length_exceeded", "messages"),

@@ -175,3 +175,18 @@ async def test_models_are_the_pools(client: openai.AsyncOpenAI) -> None:
 async def test_nothing_is_left(served: Served) -> None:
     await served.system.until(served.rests, 10)
     assert "Traceback" not in served.api_log()
+
+
+async def test_token_ids_stand_beside_their_text(client: openai.AsyncOpenAI) -> None:
+    tokenizer = Tokenizer.load("baton-tiny")
+    prompt = tokenizer.encode("The runner", add_special_tokens=True)
+    asked: Any = {"model": POOL, "prompt": "The runner", "max_tokens": 30, "temperature": 0}
+    told: Any = {"extra_body": {"return_token_ids": True}}
+    whole = await client.completions.create(**asked, **told)
+    (choice,) = whole.choices
+    assert choice.text == tokenizer.decode(choice.token_ids)  # type: ignore[attr-defined]
+    assert choice.prompt_token_ids == prompt  # type: ignore[attr-defined]
+    chunks = [chunk.choices[0] async for chunk in await client.completions.create(**asked, **told, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == choice.text
+    assert [token for chunk in chunks for token in chunk.token_ids] == choice.token_ids  # type: ignore[attr-defined]
+    assert all(len(chunk.token_ids) == 1 for chunk in chunks[:-1])  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from api.event_ids import Mark, Place, read_event_id
+from api.sse import RETURN_TOKEN_IDS
 from api.transcript import NumberedTranscript, Transcript
 from pipeline.errors import InvalidRequest
 from pipeline.protocol import FinishReason, Log, Request
@@ -18,8 +19,17 @@ from tests.system import request
 LOG = Log(tokens=[[5, 6, 7], [8], []], finished=[FinishReason.LENGTH, None, None])
 
 
-def asked(kind: str = "chat.completion", n: int = 3, *, usage: bool = False, stop: list[str] | None = None) -> Request:
-    return structs.replace(request(3, n=n, stop=stop), kind=kind, include_usage=usage)
+def asked(
+    kind: str = "chat.completion",
+    n: int = 3,
+    *,
+    usage: bool = False,
+    stop: list[str] | None = None,
+    tells: bool = False,
+) -> Request:
+    made = structs.replace(request(3, n=n, stop=stop), kind=kind, include_usage=usage)
+    annotations = [RETURN_TOKEN_IDS] if tells else []
+    return structs.replace(made, input=structs.replace(made.input, annotations=annotations))
 
 
 @pytest.mark.parametrize(
@@ -92,10 +102,13 @@ def test_a_completion_has_no_openings_and_usage_comes_only_where_it_was_asked_fo
 
 @pytest.mark.parametrize("reason", list(FinishReason))
 @pytest.mark.parametrize("is_late", [False, True], ids=["with its token", "alone"])
-def test_however_a_choice_ends_and_is_cut_its_text_is_the_same(reason: FinishReason, is_late: bool) -> None:
+@pytest.mark.parametrize("tells", [False, True], ids=["text", "tokens too"])
+def test_however_a_choice_ends_and_is_cut_its_text_is_the_same(
+    reason: FinishReason, is_late: bool, tells: bool
+) -> None:
     """The reason may come with the last token or behind it; held-back text comes with it."""
     tokenizer = texts.tokenizer("byte_level")
-    what = asked(n=1, stop=["ENDING"])
+    what = asked("text_completion" if tells else "chat.completion", n=1, stop=["ENDING"], tells=tells)
     ids = tokenizer.encode("東京 is far EN", add_special_tokens=False)
     chunks = [TokenChunk(0, index, [token], None) for index, token in enumerate(ids)]
     if is_late:

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.policy import GUARD_EVERY, backoff_s, free_for_share, lane_looks
+from pipeline.protocol import BackendInput, Log, RoutingHints, SamplingOptions, StopConditions
+from pipeline.queue import Delivery
+from workers.policy import GUARD_EVERY, backoff_s, engines_view, free_for_share, lane_looks
 
 FREE = {"high": 9, "default": 8, "low": 5}
 
@@ -45,3 +47,27 @@ def test_backoff_grows_and_stays_within_its_limits(
 def test_backoff_is_doubled_each_time() -> None:
     assert [backoff_s(attempts, 0.5, 10, 0) for attempts in range(6)] == [0.5, 1, 2, 4, 8, 10]
     assert backoff_s(0, 0.5, 10, 1) == 0.25
+
+
+def delivery(lane: str, priority: str) -> Delivery:
+    return Delivery("r-1", 4, "decode", lane, b"", b"", 0, 0, "", 1, log=Log.empty(1), priority=priority)
+
+
+def asked(**fields: object) -> BackendInput:
+    options = {"stop_conditions": StopConditions(), "sampling_options": SamplingOptions(), **fields}
+    return BackendInput(request_id="r-1", model="m", token_ids=[1], **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("priority", "number"), [("high", 0), ("default", 1), ("low", 2)])
+@pytest.mark.parametrize("lane", ["low", "@decode-0"])
+def test_an_engine_is_told_the_priority_that_was_asked_for_whatever_lane_brought_it(
+    lane: str, priority: str, number: int
+) -> None:
+    view = engines_view(asked(), delivery(lane, priority))
+    assert view.request_id == "r-1@4"
+    assert view.routing == RoutingHints(priority=number)
+
+
+def test_other_hints_stay_beside_the_priority() -> None:
+    view = engines_view(asked(routing=RoutingHints(lora_name="a", cache_salt="b")), delivery("high", "high"))
+    assert view.routing == RoutingHints(lora_name="a", cache_salt="b")

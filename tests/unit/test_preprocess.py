@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.backend import Backend
 from pipeline.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from pipeline.preprocess import Preprocessor, Wanted
-from pipeline.protocol import SamplingOptions, StopConditions
-from pipeline.tokenizer import Tokenizer
+from pipeline.protocol import FinishReason, SamplingOptions, StopConditions
+from pipeline.tokenizer import NoTokenizer, Tokenizer
 from tests import texts
 
 
@@ -98,6 +99,32 @@ def test_a_client_sets_only_the_templates_own_variables(name: str) -> None:
 def test_a_model_without_template_takes_no_messages() -> None:
     with pytest.raises(InvalidRequest, match="/v1/completions"):
         preprocessor("word_piece").chat("id", [{"role": "user", "content": "x"}], wants())
+
+
+def test_without_a_tokenizer_there_are_only_token_ids(tmp_path: Path) -> None:
+    config = {"vocab_size": 10, "eos_token_id": [7, 8], "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = NoTokenizer.load(str(tmp_path))
+    assert tokenizer.max_model_len == 64
+    ready = Preprocessor(tokenizer, model="m", max_model_len=64, default_max_tokens=16)
+    assert ready.completion("id", [5, 6], wants()).eos_token_ids == [7, 8]
+    stopped = Wanted(stop=StopConditions(stop=["x"]))
+    for param, refused in (
+        ("messages", lambda: ready.chat("id", [{"role": "user", "content": "x"}], wants())),
+        ("prompt", lambda: ready.completion("id", "text", wants())),
+        ("stop", lambda: ready.completion("id", [5], stopped)),
+        ("prompt[1]", lambda: ready.completion("id", [5, 10], wants())),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            refused()
+        assert caught.value.param == param
+    backend = Backend(tokenizer, ready.completion("id", [5], wants()))
+    assert (backend.push([1, 2, 3], FinishReason.LENGTH).delta, backend.finish()) == ("", "")
+
+
+def test_without_a_tokenizer_the_configuration_must_say_the_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vocab_size"):
+        NoTokenizer.load(str(tmp_path))
 
 
 def save_model(folder: Path, **files: dict[str, object]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.errors import TABLE, error_json, error_of_end, error_response, row_of
-from api.sse import DONE, PING, Events, error_events, text_json
+from api.sse import DONE, PING, Events, TokenEvents, error_events, text_json
 from pipeline.errors import (
     BatonError,
     ContextLengthExceeded,
@@ -27,6 +27,10 @@ ID = "tiny-AAAAAAAAAAAAAAAAAAAAAA"
 
 
 def events(kind: str = "chat.completion", n: int = 1) -> Events:
+    return Events(plain_request(kind, n))
+
+
+def plain_request(kind: str = "text_completion", n: int = 1) -> Request:
     body = BackendInput(
         request_id=ID,
         model="tiny",
@@ -34,7 +38,7 @@ def events(kind: str = "chat.completion", n: int = 1) -> Events:
         stop_conditions=StopConditions(max_tokens=1),
         sampling_options=SamplingOptions(n=n),
     )
-    return Events(Request(id=ID, kind=kind, created_s=1_795_345_812, input=body))
+    return Request(id=ID, kind=kind, created_s=1_795_345_812, input=body)
 
 
 def parse(data: bytes) -> list[object]:
@@ -59,7 +63,7 @@ def test_chat_chunks_have_openais_order_and_fields() -> None:
     ]
     assert parse(made.opening) == opening
     text = chunk(choices=[{"index": 1, "delta": {"content": 'a "b"\n'}, "finish_reason": None}])
-    assert parse(made.text(1, 'a "b"\n')) == [text]
+    assert parse(made.piece(1, 'a "b"\n')) == [text]
     assert parse(made.finish(0, FinishReason.EOS)) == [
         chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
     ]
@@ -75,7 +79,7 @@ def test_chat_chunks_have_openais_order_and_fields() -> None:
 def test_completion_chunks_carry_text() -> None:
     made = events("text_completion")
     assert made.opening == b""
-    (text,) = parse(made.text(0, "é"))
+    (text,) = parse(made.piece(0, "é"))
     assert text == {
         "id": f"cmpl-{ID}",
         "object": "text_completion",
@@ -85,6 +89,26 @@ def test_completion_chunks_carry_text() -> None:
     }
     (finish,) = parse(made.finish(0, FinishReason.LENGTH))
     assert finish["choices"] == [{"index": 0, "text": "", "finish_reason": "length"}]  # type: ignore[index]
+
+
+def test_token_ids_stand_beside_the_text_and_the_prompts_in_the_first_event_of_each_choice() -> None:
+    plain = events("text_completion", n=3)
+    body = plain_request(n=3)
+    made = TokenEvents(body, [False, True, False])
+    (first,) = parse(made.piece(0, "é", [7, 8]))
+    (second,) = parse(made.piece(0, "", [9]))
+    (other,) = parse(made.piece(1, "x", [5]))
+    (finish,) = parse(made.finish(2, FinishReason.LENGTH))
+    head = {key: value for key, value in parse(plain.piece(0, "é"))[0].items() if key != "choices"}  # type: ignore[attr-defined]
+    piece = {"index": 0, "text": "é", "token_ids": [7, 8], "prompt_token_ids": [1], "finish_reason": None}
+    assert first == head | {"choices": [piece]}
+    assert choice_of(second) == {"index": 0, "text": "", "token_ids": [9], "finish_reason": None}
+    assert choice_of(other) == {"index": 1, "text": "x", "token_ids": [5], "finish_reason": None}
+    assert choice_of(finish) == {"index": 2, "text": "", "token_ids": [], "prompt_token_ids": [1], "finish_reason": "length"}  # fmt: skip
+
+
+def choice_of(event: object) -> object:
+    return event["choices"][0]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +127,7 @@ def test_text_is_json_in_one_line_for_every_client(text: str) -> None:
 
 def test_unusual_line_ends_reach_a_client_that_splits_lines() -> None:
     text = "a\u2028b\u2029c\x85d\x0be\x1cf"
-    body = events().text(0, text) + DONE
+    body = events().piece(0, text) + DONE
     lines = [line for line in httpx.Response(200, content=body).iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
     assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["delta"]["content"] == text

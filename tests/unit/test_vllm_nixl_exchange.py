@@ -41,8 +41,8 @@ class Thread:
         while self.orders:
             self.orders.pop(0)()
 
-    async def published(self) -> KVHandle:
-        export = Export("r", 70, asyncio.get_running_loop().create_future(), cached_tokens=3)
+    async def published(self, layout: str = "") -> KVHandle:
+        export = Export("r", 70, asyncio.get_running_loop().create_future(), cached_tokens=3, layout=layout)
         self.exchange.expect_export("r#0.1", export)
         assert self.exchange.params("r#0.1") == {"do_remote_decode": True, "do_remote_prefill": False}
         self.exchange.publish("r#0.1", PARAMS)
@@ -62,7 +62,8 @@ def fetch_of(handle: KVHandle) -> Fetch:
 async def test_what_vllm_says_travels_unread_and_comes_back(thread: Thread) -> None:
     handle = await thread.published()
     assert (handle.owner, handle.transfer, handle.num_tokens, handle.num_blocks) == ("prefill@host.1", TRANSFER, 70, 3)
-    assert (handle.nbytes, handle.cached_tokens) == (96, 3)
+    assert (handle.nbytes, handle.cached_tokens, handle.layout) == (96, 3, "layout")
+    assert (await thread.published("layout+lora-x")).layout == "layout+lora-x"
     arrived = msgspec.msgpack.decode(msgspec.msgpack.encode(handle), type=KVHandle)
     thread.exchange.expect_fetch("r#0.2", fetch_of(arrived))
     told = thread.exchange.params("r#0.2")
@@ -110,4 +111,4 @@ async def test_handles_that_vllm_would_die_of(thread: Thread, changed: dict[str,
 async def test_without_nixl_it_says_how_to_get_it(thread: Thread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nixl", None)
     with pytest.raises(Unservable, match=r"baton-serve\[nixl\]"):
-        await thread.exchange.start()
+        await thread.exchange.start(None)

@@ -3,91 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 import pytest_asyncio
 
-from pipeline.config import EngineSettings, PoolSettings, TransferSettings, VllmSettings
-from pipeline.errors import EngineDied, KVLost, Unservable
-from pipeline.protocol import BackendInput, FinishReason, GuidedDecoding, KVHandle, Log, OutputOptions
-from tests.contract.engines import Running, request_of, stopping
+from pipeline.errors import KVLost, Unservable
+from pipeline.protocol import BackendInput, FinishReason, KVHandle, Log, OutputOptions
+from tests.contract.engines import request_of, stopping
+from tests.with_vllm.pairs import BLOCK, Pair, fresh, pair_at, prompt
 from tests.with_vllm.settings import requires_vllm
-from workers.child import STATS_S, ChildEngine
-from workers.engine import EngineStats
 
 pytestmark = [pytest.mark.vllm, requires_vllm, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
-
-BLOCK = 32
-ARENA_BLOCKS = 25
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return [16 + (seed * 7919 + position * (2 * seed + 31) + position * position) % 2000 for position in range(length)]
-
-
-@dataclasses.dataclass
-class Pair:
-    prefill: Running
-    decode: Running
-
-    async def rests(self) -> None:
-        """Both have given back every block and every handle."""
-        async with asyncio.timeout(20):
-            for running in (self.prefill, self.decode):
-                while held(await fresh(running)) != (0, 0, 0, 0):
-                    pass
-
-
-async def fresh(running: Running) -> EngineStats:
-    """Figures that the engine has said since this was called; what it said while nobody read lies before them."""
-    await asyncio.sleep(2 * STATS_S)
-    before = running.engine.stats()
-    while running.engine.stats() is before:  # noqa: ASYNC110
-        await asyncio.sleep(0.02)
-    return running.engine.stats()
-
-
-def held(stats: EngineStats) -> tuple[int, int, int, int]:
-    return stats.blocks_used, stats.handles_exported, stats.running, stats.waiting
-
-
-@contextlib.asynccontextmanager
-async def child(name: str, place: Path, **fields: Any) -> AsyncIterator[Running]:
-    settings = VllmSettings(
-        dtype="float32",
-        block_size=BLOCK,
-        kv_cache_bytes=2**26,
-        max_num_seqs=16,
-        max_num_batched_tokens=256,
-        enforce_eager=True,
-        **fields,
-    )
-    transfer = TransferSettings(dir=str(place), arena_bytes=ARENA_BLOCKS * 163840 + 65536, verify=True)
-    pool = PoolSettings(engine="vllm", max_model_len=2048)
-    engine = ChildEngine(name, pool, EngineSettings(vllm=settings), transfer, exports=True)
-    await engine.start()
-    running = Running(engine)  # type: ignore[arg-type]
-    try:
-        yield running
-    finally:
-        await engine.close()
-        with contextlib.suppress(EngineDied):
-            await running.reading
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
-    place = tmp_path_factory.mktemp("blocks")
-    async with child("prefill", place) as prefill, child("decode", place) as decode:
-        yield Pair(prefill, decode)
-        await Pair(prefill, decode).rests()
-    assert not list(place.iterdir()), "shared memory was left behind"
+    async with pair_at(tmp_path_factory.mktemp("blocks")) as both:
+        yield both
 
 
 SAMPLED = {"temperature": 1.0, "seed": 11}
@@ -161,7 +95,8 @@ async def test_lost_blocks_are_said_and_never_used(pair: Pair, loss: str) -> Non
     if loss == "released":
         await pair.prefill.engine.release(kv.id)
     with pytest.raises(KVLost) as error:
-        await pair.decode.engine.decode(asked, changed, log)
+        cached = await pair.decode.engine.decode(asked, changed, log)
+        pytest.fail(f"{cached} tokens of {changed} were used after {log}: {pair.decode.engine.stats()}")
     assert error.value.reason == {"released": "generation", "another digest": "digest"}.get(loss, "layout")
     await pair.prefill.engine.release(kv.id)
     await pair.rests()
@@ -262,7 +197,6 @@ async def test_what_cannot_be_served_is_refused_by_name(pair: Pair) -> None:
         (msgspec.structs.replace(good, token_ids=prompt(2048)), "no room"),
         (msgspec.structs.replace(good, token_ids=[1_000_000]), "1000000"),
         (msgspec.structs.replace(good, output_options=OutputOptions(prompt_logprobs=1)), "prompt_logprobs"),
-        (request_of("refused", prompt(10), guided_decoding=GuidedDecoding(regex="a+")), "guided_decoding"),
         (request_of("refused", prompt(10), logit_bias={"a": 1.0}), "logit_bias"),
     ]:
         with pytest.raises(Unservable, match=word):

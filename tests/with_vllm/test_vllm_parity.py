@@ -97,11 +97,13 @@ async def compare(
     overrides: tuple[str, ...],
     *,
     way: str = "shm",
+    gpus: tuple[str | None, str | None] = (None, None),
 ) -> None:
-    """All of these prompts through a prefill and a decode worker."""
+    """All of these prompts through a prefill and a decode worker, each on a GPU of its own where they are named."""
     prompts = edge_prompts(COUNT)
     async with System(redis_url, *VLLM, *overrides, log_dir=folder) as system:
-        await asyncio.gather(system.worker("prefill"), system.worker("decode"))
+        stages = zip(("prefill", "decode"), gpus, strict=True)
+        await asyncio.gather(*(system.worker(stage, gpu=gpu) for stage, gpu in stages))
         async with system.client() as client:
             slots = asyncio.Semaphore(at_once)
 

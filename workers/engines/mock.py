@@ -23,7 +23,7 @@ from workers.engine import AsyncEngine
 from workers.engines.paged.engine import PagedEngine
 from workers.engines.paged.randomness import Bits, bits, mix
 from workers.engines.paged.runner import Chosen, Draw, Row, RunnerInfo
-from workers.transfer import Transfer
+from workers.transfer import Memory, Transfer, host
 
 LANE_NBYTES = 8
 _TOKEN, _ORDER = np.uint64(0xD1B54A32D192ED03), np.uint64(0x8CB92BA72F3D8DD7)
@@ -90,15 +90,20 @@ class MockRunner:
         self._data[list(blocks)] = 0
         self._digest(np.array(blocks, dtype=np.int64))
 
-    def gather(self, blocks: Sequence[int], out: memoryview) -> None:
+    @property
+    def device(self) -> None:
+        """None: the blocks lie in host memory."""
+        return None
+
+    def gather(self, blocks: Sequence[int], out: Memory) -> None:
         """See `Runner.gather`."""
-        target = np.frombuffer(out, dtype=np.uint64).reshape(len(blocks), *self._data.shape[1:])
+        target = np.frombuffer(host(out), dtype=np.uint64).reshape(len(blocks), *self._data.shape[1:])
         np.take(self._data, np.array(blocks, dtype=np.int64), axis=0, out=target, mode="clip")
 
-    def scatter(self, data: memoryview, blocks: Sequence[int]) -> None:
+    def scatter(self, data: Memory, blocks: Sequence[int]) -> None:
         """See `Runner.scatter`."""
         targets = np.array(blocks, dtype=np.int64)
-        self._data[targets] = np.frombuffer(data, dtype=np.uint64).reshape(len(blocks), *self._data.shape[1:])
+        self._data[targets] = np.frombuffer(host(data), dtype=np.uint64).reshape(len(blocks), *self._data.shape[1:])
         self._digest(targets)
 
     async def close(self) -> None:

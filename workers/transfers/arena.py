@@ -31,6 +31,8 @@ from workers.transfers.slabs import Run
 
 MODE = 0o600
 MAGIC = b"BATONKV1"
+LEDGER_MAGIC = b"BATONLG1"  # of generations and a note alone: the bytes lie elsewhere, in the memory of a GPU
+NOTE_BYTES = 64
 NAME = re.compile(r"baton-[A-Za-z0-9_]{1,64}-[0-9a-f]{16}")
 HEADER = struct.Struct("<8sQQQQ")  # the fields of `Header`
 GENERATIONS_OFFSET = 64
@@ -53,20 +55,20 @@ class Header(NamedTuple):
     data_offset: int  # of slab 0; in the middle of a page
 
     @classmethod
-    def of(cls, name: str, slab_bytes: int, num_slabs: int) -> Header:
-        """The header of a file of this name and size.
+    def of(cls, name: str, slab_bytes: int, num_slabs: int, magic: bytes = MAGIC) -> Header:
+        """The header of a file of this name, size and kind.
 
         Slabs start in the middle of a page because other memory starts 0, 16 or 64 bytes into one: where the two ends of a
         copy lie that close to each other modulo a page, it takes up to 1.7 times as long on AMD Zen (rep movsb).
         """
         generations_end = GENERATIONS_OFFSET + 8 * num_slabs
         data_offset = -(-generations_end // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE // 2
-        return cls(MAGIC, int(name.rpartition("-")[2], 16), slab_bytes, num_slabs, data_offset)
+        return cls(magic, int(name.rpartition("-")[2], 16), slab_bytes, num_slabs, data_offset)
 
     @property
     def file_bytes(self) -> int:
         """Length of the whole file."""
-        return self.data_offset + self.num_slabs * self.slab_bytes
+        return self.data_offset + (self.num_slabs * self.slab_bytes if self.magic == MAGIC else NOTE_BYTES)
 
     def offset(self, run: Run) -> int:
         """Where in the file a run begins, in bytes."""
@@ -95,7 +97,7 @@ class Arena:
         self._last_generation = 0
 
     @classmethod
-    def create(cls, directory: Path, owner: str, *, arena_bytes: int, slab_bytes: int) -> Arena:
+    def create(cls, directory: Path, owner: str, *, arena_bytes: int, slab_bytes: int, magic: bytes = MAGIC) -> Arena:
         """Make the file, own it, take all of its memory and touch every page (about 0.7 ms a MiB, once).
 
         Raises `TransferError` where the directory, the space or the sizes do not allow it; nothing is left then.
@@ -108,7 +110,7 @@ class Arena:
             )
         path, fd = _create_owned(directory, owner)
         try:
-            header = Header.of(path.name, slab_bytes, num_slabs)
+            header = Header.of(path.name, slab_bytes, num_slabs, magic)
             _take_space(fd, header.file_bytes, directory)
             memory = mmap.mmap(fd, header.file_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
             memory[: HEADER.size] = HEADER.pack(*header)
@@ -139,13 +141,18 @@ class Arena:
         """The first `nbytes` bytes of a run, writable."""
         return self._header.view(self._memory, run, nbytes)
 
+    def whole(self) -> memoryview:
+        """All of the file's memory."""
+        return memoryview(self._memory)
+
+    def write_note(self, note: bytes) -> None:
+        """Put what a reader needs into a ledger: `NOTE_BYTES` bytes."""
+        start = self._header.data_offset
+        self._memory[start : start + NOTE_BYTES] = note
+
     def place(self, run: Run) -> tuple[int, int]:
         """The descriptor of the file and where in it a run begins, in bytes."""
         return self._fd, self._header.offset(run)
-
-    def memory(self) -> memoryview:
-        """The whole mapping."""
-        return memoryview(self._memory)
 
     def close(self) -> None:
         """Remove the file and give the memory back. A view that is still held keeps its memory, but no name, until it goes."""
@@ -167,8 +174,8 @@ class PeerArena:
         self._generations = header.generations(memory)
 
     @classmethod
-    def open(cls, directory: Path, name: str) -> PeerArena:
-        """Map an arena. The name must match `NAME`, so that it cannot lead out of `directory`.
+    def open(cls, directory: Path, name: str, magic: bytes = MAGIC) -> PeerArena:
+        """Map an arena of that kind. The name must match `NAME`, so that it cannot lead out of `directory`.
 
         Raises `Unreadable` where there is no such file, or where it is not an arena that this user's processes made.
         """
@@ -189,7 +196,7 @@ class PeerArena:
         finally:
             os.close(fd)
         header = Header(*HEADER.unpack_from(memory))
-        if header.slab_bytes < 1 or header != Header.of(name, header.slab_bytes, header.num_slabs):
+        if header.slab_bytes < 1 or header != Header.of(name, header.slab_bytes, header.num_slabs, magic):
             raise Unreadable(f"arena {name}: its header is not that of an arena of this name")
         if header.file_bytes > status.st_size:
             raise Unreadable(f"arena {name}: it is shorter than its header says")
@@ -202,6 +209,31 @@ class PeerArena:
         except OSError:
             return False
         return (status.st_dev, status.st_ino) == self._identity
+
+    def is_owned(self) -> bool:
+        """Whether the owner still lives. The look takes the file's lock for a moment, with other readers together."""
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            return not _lock(fd, fcntl.LOCK_SH)
+        finally:
+            os.close(fd)
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of one slab."""
+        return self._header.slab_bytes
+
+    def whole(self) -> memoryview:
+        """All of the file's memory, read-only."""
+        return memoryview(self._memory)
+
+    def note(self) -> bytes:
+        """What the owner of a ledger has put there for its readers."""
+        start = self._header.data_offset
+        return self._memory[start : start + NOTE_BYTES]
 
     def covers(self, run: Run, nbytes: int) -> bool:
         """Whether the run lies inside of the arena and is what an export of `nbytes` bytes takes."""
@@ -310,10 +342,10 @@ def _remove_if_orphan(path: Path) -> bool:
         os.close(fd)
 
 
-def _lock(fd: int) -> bool:
+def _lock(fd: int, kind: int = fcntl.LOCK_EX) -> bool:
     """Take the file's lock if it is free. It goes with the last descriptor and mapping of this opening of the file."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -22,12 +22,15 @@ from workers.transfers.copies import CopyThreads
 from workers.transfers.offers import AUTO, Offer
 from workers.transfers.store import BlockStore, Export
 from workers.transfers.way import Absent, Unusable, Way, WayFactory
+from workers.transfers.ways.tcp.way import TcpWay
 
 WAYS = {  # best first
+    "cuda_ipc": "workers.transfers.ways.cuda_ipc",
     "shm": "workers.transfers.ways.shm",
     "nixl": "workers.transfers.ways.nixl.way",
     "tcp": "workers.transfers.ways.tcp.way",
 }
+ON_DEVICE = {"cuda_ipc"}  # those that take the bytes from the owner's GPU
 COPY_THREADS = 2
 
 log = logging.getLogger(__name__)
@@ -56,16 +59,19 @@ class BlockTransfer:
         """The worker that its handles name."""
         return self._owner
 
-    async def start(self) -> None:
+    async def start(self, device: int | None = None) -> None:
         """Take the store's memory and what the ways need. Raises `TransferError`."""
+        if device is None and self._settings.kind == AUTO:
+            self._ways = {kind: way for kind, way in self._ways.items() if kind not in ON_DEVICE}
         if self._is_exporting:
-            await self._store.start()
+            on_device = not ON_DEVICE.isdisjoint(self._ways) and not self._settings.verify
+            await self._store.start(device, host=not ON_DEVICE.issuperset(self._ways), on_device=on_device)
         for kind, way in list(self._ways.items()):
             try:
-                await way.start()
+                await way.start(device)
             except Unusable as error:
                 if self._settings.kind != AUTO:
-                    raise TransferError(str(error)) from error
+                    raise TransferError(f"transfer.kind = {kind}: {error}") from error
                 level = logging.DEBUG if isinstance(error, Absent) else logging.WARNING
                 log.log(level, "blocks do not move by %s here: %s", kind, error)
                 await self._ways.pop(kind).close()
@@ -151,14 +157,23 @@ class BlockTransfer:
 
     def _create(self, kind: str) -> Way:
         create = cast(WayFactory, import_module(WAYS[kind]).create_way)
-        return create(self._settings, self._store, self._copies, exports=self._is_exporting)
+        return create(self._settings, self._store, self._copies, self._ask_to_fill, exports=self._is_exporting)
 
     def _check_open(self) -> None:
         if self._closed or not self._started:
             raise TransferError(f"the transfer of {self._owner} is {'closed' if self._closed else 'not started'}")
 
     def _offers(self, export: Export) -> list[Offer]:
-        return [Offer(way=kind, params=way.offer(export)) for kind, way in self._ways.items()]
+        offered = ((kind, way.offer(export)) for kind, way in self._ways.items())
+        return [Offer(way=kind, params=params) for kind, params in offered if params is not None]
+
+    async def _ask_to_fill(self, handle: KVHandle) -> None:
+        """See `AskToFill`. TCP is how processes that move blocks speak with each other."""
+        tcp = self._ways.get("tcp")
+        for offer in offers.read(handle, tuple(WAYS)):
+            if isinstance(tcp, TcpWay) and offer.way == "tcp":
+                return await tcp.ask_to_fill(handle, offer.params)
+        raise Unusable("its bytes lie on the owner's GPU, which cannot be asked for them without tcp")
 
     async def _fetch_by(self, offer: Offer, handle: KVHandle, into: BlockSink) -> None:
         way = self._ways.get(offer.way)

@@ -21,9 +21,10 @@ class CopyThreads:
     def __init__(self, count: int, name: str) -> None:
         self._threads = ThreadPoolExecutor(count, thread_name_prefix=name)
 
-    async def copy(self, nbytes: int, work: Callable[[], T]) -> T:
-        """Run a copy of so many bytes, here or in a thread; returns what it returns."""
-        return work() if nbytes <= INLINE_BYTES else await self.run(work)
+    async def copy(self, nbytes: int, work: Callable[[], T], *, device: int | None = None) -> T:
+        """Run a copy of so many bytes, here or in a thread; returns what it returns. A GPU (`device`) is waited for in a thread."""
+        is_short = nbytes <= INLINE_BYTES and device is None
+        return work() if is_short else await self.run(work)
 
     async def run(self, work: Callable[[], T], *, stop: Callable[[], None] = lambda: None) -> T:
         """Run it in a thread. When the caller is cancelled `stop` is called, which may make it end sooner."""

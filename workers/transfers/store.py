@@ -1,4 +1,8 @@
-"""What a process has exported: bytes in its arena, each export a run of slabs of one generation, until it is released."""
+"""What a process has exported, until it is released: bytes in host memory, on a GPU, or on a GPU with a place kept in host memory.
+
+An export of blocks that lie on a GPU stays there where readers may open GPU memory. Its place in host memory is filled only
+when a reader asks who cannot (`fill`).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,9 @@ import xxhash
 from pipeline.config import TransferSettings
 from pipeline.errors import TransferError
 from workers.transfer import BlockSource
-from workers.transfers.arena import Arena, clear_orphans, slabs_of
+from workers.transfers.arena import clear_orphans
 from workers.transfers.copies import CopyThreads
-from workers.transfers.room import Room
-from workers.transfers.slabs import Run
+from workers.transfers.shelves import DeviceShelf, HostShelf, Placed, Shelf
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,77 +26,115 @@ class Export:
     """Bytes that lie in the store under a handle's id. Void from `release` on."""
 
     id: str
-    arena: str  # name of the file
-    run: Run
-    generation: int
     nbytes: int
     digest: str | None  # xxh3-128, where `transfer.verify` asks for it
+    host: Placed | None  # where it lies in host memory, or may be filled in
+    device: Placed | None  # where it lies on the GPU
 
 
 class BlockStore:
-    """The exports of one process. Used from one event loop, but for `view` and `fileno`, which threads may use, too."""
+    """The exports of one process. Used from one event loop, but for `view` and `place`, which threads may use, too."""
 
     def __init__(self, settings: TransferSettings, owner: str, copies: CopyThreads) -> None:
         self._settings = settings
         self._owner = owner
         self._copies = copies
-        self._arena: Arena | None = None
-        self._room = Room(0)
+        self._host: HostShelf | None = None
+        self._device: DeviceShelf | None = None
         self._exports: dict[str, Export] = {}
+        self._fills: dict[str, asyncio.Future[None]] = {}  # of exports that lie on the GPU, by id
         self._exported_bytes = 0
-        self._is_refusing = False
+        self._is_open = False
 
-    async def start(self) -> None:
-        """Remove what crashed processes left, then take the arena's memory. Raises `TransferError`."""
-        setting_up = asyncio.ensure_future(asyncio.to_thread(self._create))
+    async def start(self, device: int | None = None, *, host: bool = True, on_device: bool = False) -> None:
+        """Remove what crashed processes left, then take memory: of the host, pinned for `device`, and of the device.
+
+        Raises `TransferError`.
+        """
+        setting_up = asyncio.ensure_future(asyncio.to_thread(self._create, device, host, on_device))
         try:
-            self._arena = await asyncio.shield(setting_up)
+            await asyncio.shield(setting_up)
         except asyncio.CancelledError:  # the thread goes on: what it makes is removed by `close`
             await asyncio.wait([setting_up])
-            self._arena = None if setting_up.exception() else setting_up.result()
             raise
-        self._room = Room(self._arena.num_slabs)
+        self._is_open = True
+
+    @property
+    def device(self) -> DeviceShelf | None:
+        """Where exports lie on the GPU."""
+        return self._device
 
     async def export(self, blocks: BlockSource) -> Export:
         """Copy the blocks in. Waits, in order of arrival, until enough neighbouring slabs are free.
 
         Raises `TransferError` where the whole arena is too small, or where the store is closed.
         """
-        arena = self._open_arena()
-        run = await self._room.take(self._slabs_for(blocks, arena))
+        self._check_open()
+        shelves = self._shelves_for(blocks)
+        taken: dict[Shelf, Placed] = {}
         try:
-            generation = arena.raise_generation(run)
-            digest = await self._copies.copy(blocks.nbytes, lambda: self._gather(arena, run, blocks))
-            self._open_arena()
+            for shelf in shelves:
+                taken[shelf] = await shelf.take(blocks.nbytes)
+            digest = await self._gather(blocks, shelves[0], taken[shelves[0]])
+            self._check_open()
         except BaseException:
-            self._free(run)
+            self._give_back(taken)
             raise
-        export = Export(uuid.uuid4().hex, arena.name, run, generation, blocks.nbytes, digest)
+        host = taken.get(self._host) if self._host else None
+        device = taken.get(self._device) if self._device else None
+        export = Export(uuid.uuid4().hex, blocks.nbytes, digest, host, device)
         self._exports[export.id] = export
         self._exported_bytes += export.nbytes
         return export
 
     def find(self, handle_id: str, generation: int) -> Export | None:
-        """The export of that id and generation, or None where it was released or never was."""
+        """The export of that id and generation in host memory, or None where it was released or never was."""
         export = self._exports.get(handle_id)
-        return export if export is not None and export.generation == generation else None
+        return export if export is not None and export.host and export.host.generation == generation else None
+
+    async def fill(self, export: Export) -> None:
+        """Have its bytes in host memory. One copy from the GPU, for which whoever comes later waits, too.
+
+        Raises `TransferError` where it is released or the store closes before.
+        """
+        if export.device is None:
+            return
+        if export.id not in self._exports:
+            raise TransferError(f"handle {export.id} was released")
+        if export.id not in self._fills:
+            self._fills[export.id] = asyncio.ensure_future(self._fill(export))
+        await asyncio.shield(self._fills[export.id])
 
     def view(self, export: Export) -> memoryview:
-        """Its bytes. Read only while `find` gives it, or prove afterwards what was read."""
-        return self._open_arena().view(export.run, export.nbytes)
+        """Its bytes in host memory. Read only while `find` gives it, or prove afterwards what was read."""
+        assert self._host is not None
+        assert export.host is not None
+        return self._host.memory(export.host, export.nbytes)
+
+    def memory(self) -> memoryview:
+        """All of the arena in host memory, header and generations included."""
+        assert self._host is not None
+        return self._host.whole()
 
     def place(self, export: Export) -> tuple[int, int]:
         """Where its bytes lie for a system call: the arena's descriptor, which stays the store's, and the offset."""
-        return self._open_arena().place(export.run)
-
-    def memory(self) -> memoryview:
-        """All of the arena, header and generations included, as it lies in this process."""
-        return self._open_arena().memory()
+        assert self._host is not None
+        assert export.host is not None
+        return self._host.place(export.host)
 
     def release(self, handle_id: str) -> None:
         """Free an export: its generation is void from here on. Unknown ids are ignored."""
-        if (export := self._exports.pop(handle_id, None)) is not None:
-            self._free(export.run)
+        export = self._exports.pop(handle_id, None)
+        if export is None:
+            return
+        taken = self._taken(export)
+        filling = self._fills.pop(handle_id, None)
+        if filling is None or filling.done():
+            self._give_back(taken)
+            return
+        for shelf, placed in taken.items():  # memory never changes hands under a running copy
+            shelf.void(placed)
+        filling.add_done_callback(lambda _: self._give_back(taken))
 
     @property
     def num_exports(self) -> int:
@@ -102,13 +143,15 @@ class BlockStore:
 
     @property
     def bytes_used(self) -> int:
-        """Bytes of slabs that are taken, since slabs are what is taken."""
-        return (self._room.num_slabs - self._room.num_free) * self._slab_bytes()
+        """Bytes of slabs that are taken, since slabs are what is taken, where the least is free."""
+        shelf = self._fullest()
+        return shelf.nbytes - shelf.bytes_free if shelf else 0
 
     @property
     def bytes_free(self) -> int:
-        """Bytes of slabs that nobody has."""
-        return self._room.num_free * self._slab_bytes()
+        """Bytes of slabs that nobody has, where the least is free."""
+        shelf = self._fullest()
+        return shelf.bytes_free if shelf else 0
 
     @property
     def exported_bytes(self) -> int:
@@ -117,51 +160,72 @@ class BlockStore:
 
     def refuse(self) -> None:
         """Export nothing more; exports that wait for room or are being copied are told."""
-        self._is_refusing = True
-        self._room.close()
+        self._is_open = False
+        for shelf in self._shelves():
+            shelf.refuse()
 
     def close(self) -> None:
-        """Remove the arena, with whatever is still exported. No copy may run any more. May be called twice."""
-        arena, self._arena = self._arena, None
-        self._room = Room(0)
+        """Give the memory back, with whatever is still exported. No copy may run any more. May be called twice."""
+        shelves = self._shelves()
+        self._host = self._device = None
         self._exports.clear()
-        if arena is not None:
-            arena.close()
+        for shelf in shelves:
+            shelf.close()
 
-    def _create(self) -> Arena:
-        directory = Path(self._settings.dir)
-        clear_orphans(directory)
-        return Arena.create(
-            directory, self._owner, arena_bytes=self._settings.arena_bytes, slab_bytes=self._settings.slab_bytes
+    def _create(self, device: int | None, host: bool, on_device: bool) -> None:
+        clear_orphans(Path(self._settings.dir))
+        if host:
+            self._host = HostShelf.create(self._settings, self._owner, device)
+        if device is not None and on_device:
+            self._device = DeviceShelf.create(self._settings, self._owner, device)
+
+    def _shelves(self) -> list[Shelf]:
+        return [shelf for shelf in (self._device, self._host) if shelf is not None]
+
+    def _fullest(self) -> Shelf | None:
+        return min(self._shelves(), key=lambda shelf: shelf.bytes_free, default=None)
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise TransferError(f"the transfer of {self._owner} is closed: it exports nothing more")
+
+    def _shelves_for(self, blocks: BlockSource) -> list[Shelf]:
+        """Where to lay these blocks: they are copied to the first, and have a place on the others."""
+        here = [shelf for shelf in self._shelves() if shelf is self._host or blocks.device is not None]
+        fitting = [shelf for shelf in here if shelf.fits(blocks.nbytes)]
+        if fitting:
+            return fitting
+        largest = max((shelf.nbytes for shelf in here), default=0)
+        raise TransferError(
+            f"request {blocks.request_id}: its {blocks.nbytes} bytes of blocks can never fit into an arena of {largest}; "
+            f"raise transfer.arena_bytes (now {self._settings.arena_bytes})"
         )
 
-    def _open_arena(self) -> Arena:
-        if self._arena is None or self._is_refusing:
-            raise TransferError(f"the transfer of {self._owner} is closed: it exports nothing more")
-        return self._arena
+    async def _gather(self, blocks: BlockSource, shelf: Shelf, placed: Placed) -> str | None:
+        memory = shelf.memory(placed, blocks.nbytes)
 
-    def _slab_bytes(self) -> int:
-        return self._arena.slab_bytes if self._arena else 0
+        def gather() -> str | None:
+            blocks.gather(memory)
+            return digest_of(memory) if self._settings.verify and isinstance(memory, memoryview) else None
 
-    def _slabs_for(self, blocks: BlockSource, arena: Arena) -> int:
-        count = slabs_of(blocks.nbytes, arena.slab_bytes)
-        if count > arena.num_slabs:
-            raise TransferError(
-                f"request {blocks.request_id}: its {blocks.nbytes} bytes of blocks can never fit into an arena of "
-                f"{arena.num_slabs * arena.slab_bytes}; raise transfer.arena_bytes (now {self._settings.arena_bytes})"
-            )
-        return count
+        return await self._copies.copy(blocks.nbytes, gather, device=blocks.device)
 
-    def _gather(self, arena: Arena, run: Run, blocks: BlockSource) -> str | None:
-        data = arena.view(run, blocks.nbytes)
-        blocks.gather(data)
-        return digest_of(data) if self._settings.verify else None
+    async def _fill(self, export: Export) -> None:
+        from workers import cuda
 
-    def _free(self, run: Run) -> None:
-        if self._arena is None:  # closed meanwhile
-            return
-        self._arena.raise_generation(run)
-        self._room.give_back(run)
+        assert self._device is not None
+        assert export.device is not None
+        source, target = self._device.memory(export.device, export.nbytes), self.view(export)
+        await self._copies.run(lambda: cuda.copy_out(source.device, source.address, target))
+
+    def _taken(self, export: Export) -> dict[Shelf, Placed]:
+        places = ((self._device, export.device), (self._host, export.host))
+        return {shelf: placed for shelf, placed in places if shelf is not None and placed is not None}
+
+    def _give_back(self, taken: dict[Shelf, Placed]) -> None:
+        for shelf, placed in taken.items():
+            if shelf in (self._device, self._host):  # else it is closed meanwhile
+                shelf.give_back(placed)
 
 
 def digest_of(data: memoryview) -> str:

@@ -8,6 +8,7 @@ who takes this way. A reader tries the offers in their order, best first:
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -33,15 +34,15 @@ class Absent(Unusable):
 class Way(Protocol):
     """See the module's docstring. Used from one event loop."""
 
-    async def start(self) -> None:
-        """Take what is needed; the store has started.
+    async def start(self, device: int | None) -> None:
+        """Take what is needed; the store has started. `device`: the GPU that the engine's blocks lie on.
 
         Raises `Unusable` where this machine has not what it takes, `TransferError` where a setting is wrong, naming it.
         """
         ...
 
-    def offer(self, export: Export) -> dict[str, Any]:
-        """What a reader needs, for the handle. Called by an exporting process only."""
+    def offer(self, export: Export) -> dict[str, Any] | None:
+        """What a reader needs, for the handle; None where this export cannot be had this way. Called by an exporting process only."""
         ...
 
     async def fetch(self, handle: KVHandle, params: dict[str, Any], into: BlockSink) -> None:
@@ -56,10 +57,22 @@ class Way(Protocol):
         ...
 
 
+AskToFill = Callable[[KVHandle], Awaitable[None]]
+"""Has the owner of a handle, whose bytes lie on its GPU, put them into host memory. Raises `Unusable`, `KVLost` or `WireError`."""
+
+
 class WayFactory(Protocol):
     """What a module of `workers.transfers.ways` offers as `create_way`."""
 
-    def __call__(self, settings: TransferSettings, store: BlockStore, copies: CopyThreads, *, exports: bool) -> Way:
+    def __call__(
+        self,
+        settings: TransferSettings,
+        store: BlockStore,
+        copies: CopyThreads,
+        ask_to_fill: AskToFill,
+        *,
+        exports: bool,
+    ) -> Way:
         """A way that has not started. `exports`: it serves what is in `store`; else it only reads from others."""
         ...
 

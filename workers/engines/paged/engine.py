@@ -44,7 +44,7 @@ class PagedEngine:
                 f"engine.{runner.name}.max_num_batched_tokens ({runner.max_num_batched_tokens}) must be above "
                 f"max_num_seqs ({runner.max_num_seqs}): each running sequence takes one token of a step"
             )
-        await self._transfer.start()
+        await self._transfer.start(self._runner.device)
         self._info = describe(runner)
         self._pool = BlockPool(runner.num_blocks, runner.block_size, prefix_cache=runner.prefix_cache)
         self._scheduler = Scheduler(

@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from workers.engines.paged.runner import Runner
+from workers.transfer import Memory, part
 
 
 class Readable(Protocol):
     """Memory of blocks, as a runner has it."""
 
-    def gather(self, blocks: Sequence[int], out: memoryview) -> None:
+    @property
+    def device(self) -> int | None:
+        """The GPU that it is of."""
+        ...
+
+    def gather(self, blocks: Sequence[int], out: Memory) -> None:
         """Copy these blocks into `out`, in the order in which the other side takes them."""
         ...
 
@@ -32,6 +38,7 @@ class ExportedBlocks:
     ) -> None:
         self._memory = memory
         self._blocks = blocks
+        self.device = memory.device
         self.request_id = request_id
         self.layout = layout
         self.num_tokens = num_tokens
@@ -39,7 +46,7 @@ class ExportedBlocks:
         self.nbytes = len(blocks) * block_nbytes
         self.cached_tokens = cached_tokens
 
-    def gather(self, out: memoryview) -> None:
+    def gather(self, out: Memory) -> None:
         """See `BlockSource.gather`."""
         self._memory.gather(self._blocks, out)
 
@@ -52,10 +59,12 @@ class FetchedBlocks:
         self._blocks = blocks
         self._skip = skip
         self._block_nbytes = block_nbytes
+        self.device = runner.device
         self.layout = layout
         self.nbytes = len(blocks) * block_nbytes
 
-    def scatter(self, data: memoryview) -> None:
+    def scatter(self, data: Memory) -> None:
         """See `BlockSink.scatter`."""
         if self._skip < len(self._blocks):
-            self._runner.scatter(data[self._skip * self._block_nbytes :], self._blocks[self._skip :])
+            skipped = self._skip * self._block_nbytes
+            self._runner.scatter(part(data, skipped, self.nbytes - skipped), self._blocks[self._skip :])

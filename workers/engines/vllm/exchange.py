@@ -17,7 +17,7 @@ from pipeline.protocol import KVHandle
 from workers.engines.paged.exchange import ExportedBlocks
 from workers.engines.vllm.futures import fail, give
 from workers.engines.vllm.memory import PagedMemory
-from workers.transfer import Transfer, TransferStats
+from workers.transfer import Memory, Transfer, TransferStats
 
 POLL_S = 0.002  # while all requests wait for something that nobody tells us of, such as a grammar being compiled
 
@@ -39,6 +39,7 @@ class Export:
     num_tokens: int
     handle: asyncio.Future[KVHandle]
     cached_tokens: int = 0
+    layout: str = ""  # where it is not the engine's: the blocks were computed under an adapter
 
     @property
     def published(self) -> KVHandle | None:
@@ -56,6 +57,7 @@ class Fetch:
     done: asyncio.Future[None]
     leader: Fetch | None = None
     keeps_tail: bool = False
+    layout: str = ""  # as of an export
     tail: bytes = b""
     has_begun: bool = False
 
@@ -104,9 +106,9 @@ class Exchange:
         """This request begins with blocks to fetch."""
         self._fetches[key] = fetch
 
-    async def start(self) -> None:
+    async def start(self, device: int | None) -> None:
         """See `HandOver.start`."""
-        await self._transfer.start()
+        await self._transfer.start(device)
 
     def params(self, key: str) -> dict[str, Any] | None:
         """Nothing: the connector finds it here."""
@@ -161,7 +163,7 @@ class Exchange:
 
     def fetch(self, key: str, blocks: list[int], skip: int) -> None:
         """Fill these blocks but for the first `skip`: the request waits until it is told."""
-        self._start(self._fetch(key, self._fetches.get(key), blocks, skip))
+        self._start(self._fetch(key, self._fetches.get(key), Place(self.memory, blocks, skip, self.memory.now())))
 
     def has_export(self, key: str) -> bool:
         """Whether the blocks of this request are to be published."""
@@ -186,7 +188,7 @@ class Exchange:
             if export is None or export.handle.done():  # nobody waits for it any more
                 return
             source = ExportedBlocks(
-                self.memory, request_id=export.request_id, layout=self._layout(), blocks=blocks,
+                self.memory, request_id=export.request_id, layout=export.layout or self._layout(), blocks=blocks,
                 block_nbytes=self.memory.block_nbytes, num_tokens=export.num_tokens, cached_tokens=export.cached_tokens,
             )  # fmt: skip
             publishing = asyncio.ensure_future(self._transfer.export(source))
@@ -203,15 +205,15 @@ class Exchange:
         finally:
             self._on_moved(Moved(sent={key}))
 
-    async def _fetch(self, key: str, fetch: Fetch | None, blocks: list[int], skip: int) -> None:
+    async def _fetch(self, key: str, fetch: Fetch | None, place: Place) -> None:
         moved = Moved(lost={key})
         try:
             if fetch is None:
                 return
             if fetch.leader is not None:
-                self.memory.scatter(memoryview(fetch.leader.tail), blocks[-1:])
+                place.fill_last(fetch.leader.tail)
             else:
-                await self._transfer.fetch(fetch.handle, Sink(self.memory, fetch, blocks, skip, self._layout()))
+                await self._transfer.fetch(fetch.handle, Sink(place, fetch, fetch.layout or self._layout()))
             moved = Moved(received={key})
         except asyncio.CancelledError:
             if fetch is not None:
@@ -228,21 +230,42 @@ class Exchange:
             self._on_moved(moved)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Blocks of vLLM to fill, of which the first `skip` are filled already, and the moment at which they were given."""
+
+    memory: PagedMemory
+    blocks: list[int]
+    skip: int
+    given: Any
+
+    def fill(self, data: Memory) -> None:
+        """Fill them from a run of all of them."""
+        self.memory.scatter(data, self.blocks, self.skip, self.given)
+
+    def fill_last(self, data: bytes) -> None:
+        """Fill the last of them."""
+        self.memory.scatter(memoryview(data), self.blocks[-1:], 0, self.given)
+
+    def last(self) -> bytes:
+        """A copy of the last of them."""
+        copy = bytearray(self.memory.block_nbytes)
+        self.memory.gather(self.blocks[-1:], memoryview(copy))
+        return bytes(copy)
+
+
 class Sink:
-    """A `BlockSink` over blocks of vLLM, of which the first `skip` are filled already."""
+    """A `BlockSink` over a place in vLLM's memory."""
 
-    def __init__(self, memory: PagedMemory, fetch: Fetch, blocks: list[int], skip: int, layout: str) -> None:
-        self._memory = memory
+    def __init__(self, place: Place, fetch: Fetch, layout: str) -> None:
+        self._place = place
         self._fetch = fetch
-        self._blocks = blocks
-        self._skip = skip
+        self.device = place.memory.device
         self.layout = layout
-        self.nbytes = len(blocks) * memory.block_nbytes
+        self.nbytes = len(place.blocks) * place.memory.block_nbytes
 
-    def scatter(self, data: memoryview) -> None:
+    def scatter(self, data: Memory) -> None:
         """See `BlockSink.scatter`."""
-        self._memory.scatter(data, self._blocks, self._skip)
+        self._place.fill(data)
         if self._fetch.keeps_tail:
-            tail = bytearray(self._memory.block_nbytes)
-            self._memory.gather(self._blocks[-1:], memoryview(tail))
-            self._fetch.tail = bytes(tail)
+            self._fetch.tail = self._place.last()

@@ -21,8 +21,8 @@ class HandOver(Protocol):
 
     connector: Connector
 
-    async def start(self) -> None:
-        """Take what is needed, before vLLM is made. Raises `TransferError`."""
+    async def start(self, device: int | None) -> None:
+        """Take what is needed, before vLLM is made; `device`: the GPU that it will compute on. Raises `TransferError`."""
         ...
 
     @property

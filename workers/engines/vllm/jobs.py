@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import EngineDied
+from pipeline.errors import EngineError
 from pipeline.protocol import BackendInput, LLMEngineOutput
 
 
@@ -19,6 +19,11 @@ class Choice:
     key: str  # vLLM's id
     output: list[int]
     first: asyncio.Future[int]  # set with its first output: the prompt tokens that were not computed
+    why: str = ""  # why vLLM will give up on it, where that is known
+
+    def note(self, error: Exception) -> None:
+        """vLLM will give up on it. Called on any thread."""
+        self.why = str(error)
 
 
 @dataclass(slots=True, eq=False)
@@ -42,8 +47,8 @@ class Job:
         for future in self._futures:
             future.cancel()
 
-    def fail(self, error: EngineDied) -> None:
-        """The engine is dead."""
+    def fail(self, error: EngineError) -> None:
+        """It will not come to what is waited for."""
         for future in self._futures:
             if not future.done():
                 future.set_exception(error)

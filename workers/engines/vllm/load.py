@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 # before vLLM is imported; what the user has set stays
@@ -21,8 +22,10 @@ for name, value in SETTINGS.items():
 import msgspec  # noqa: E402
 import torch  # noqa: E402
 import xxhash  # noqa: E402
+from transformers.utils.hub import cached_file  # noqa: E402
 from vllm import EngineArgs  # noqa: E402
 from vllm.config import KVTransferConfig  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 
 from pipeline.builtin import model_place  # noqa: E402
@@ -30,24 +33,31 @@ from pipeline.config import PoolSettings, VllmSettings  # noqa: E402
 from pipeline.errors import ConfigError, Unservable  # noqa: E402
 from workers.engine import EngineInfo  # noqa: E402
 from workers.engines.vllm import connector, sampling  # noqa: E402
+from workers.engines.vllm.adapters import Adapter, arguments_for, lora_request  # noqa: E402
 from workers.engines.vllm.exchange import Connector  # noqa: E402
 from workers.engines.vllm.handover import HandOver  # noqa: E402
 from workers.engines.vllm.memory import PagedMemory, fingerprint  # noqa: E402
 from workers.engines.weights import add_weights  # noqa: E402
 
 
-def make_engine(pool: PoolSettings, settings: VllmSettings, exchange: HandOver) -> Any:
-    """vLLM's `LLMEngine` over the pool's model. Raises `Unservable` with vLLM's own reason."""
+def make_engine(pool: PoolSettings, settings: VllmSettings, adapters: Mapping[str, Adapter], exchange: HandOver) -> Any:
+    """vLLM's `LLMEngine` over the pool's model, its adapters loaded. Raises `Unservable` with vLLM's own reason."""
     engine_id = uuid.uuid4().hex
     connector.exchanges[engine_id] = exchange
     torch.set_num_threads(settings.threads)
     try:
-        return LLMEngine.from_engine_args(EngineArgs(**arguments(pool, settings, exchange.connector, engine_id)))
+        made_of = arguments(pool, settings, adapters, exchange.connector, engine_id)
+        engine = LLMEngine.from_engine_args(EngineArgs(**made_of))
+        for adapter in adapters.values():  # now: one that cannot be loaded while a step is made would end the engine
+            engine.add_lora(lora_request(adapter))
+        return engine
     except (ValueError, TypeError, NotImplementedError) as error:
         raise Unservable(f"vLLM does not start with {pool.model}: {error}") from error
 
 
-def arguments(pool: PoolSettings, settings: VllmSettings, kind: Connector, engine_id: str) -> dict[str, Any]:
+def arguments(
+    pool: PoolSettings, settings: VllmSettings, adapters: Mapping[str, Adapter], kind: Connector, engine_id: str
+) -> dict[str, Any]:
     """vLLM's engine arguments: ours, and over them those of `engine.vllm.args`."""
     transfer = KVTransferConfig(
         kv_connector=kind.name,
@@ -58,7 +68,8 @@ def arguments(pool: PoolSettings, settings: VllmSettings, kind: Connector, engin
     )
     ours: dict[str, Any] = {
         "model": model_place(pool.model),
-        "skip_tokenizer_init": True,
+        "tokenizer": model_place(pool.tokenizer or pool.model),
+        "skip_tokenizer_init": not has_tokenizer(pool.tokenizer or pool.model),  # without one only grammars are missing
         "generation_config": "vllm",
         "dtype": settings.dtype,
         "max_num_seqs": settings.max_num_seqs,
@@ -67,6 +78,7 @@ def arguments(pool: PoolSettings, settings: VllmSettings, kind: Connector, engin
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "enforce_eager": settings.enforce_eager,
         "kv_transfer_config": transfer,
+        "scheduling_policy": "priority",
         "logits_processors": [f"{sampling.__name__}:{sampling.KeyedSampling.__name__}"],
         "disable_log_stats": False,
     }
@@ -75,7 +87,20 @@ def arguments(pool: PoolSettings, settings: VllmSettings, kind: Connector, engin
         "max_model_len": pool.max_model_len,
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
     }
-    return ours | {name: value for name, value in optional.items() if value} | more_arguments(settings.args)
+    given = {name: value for name, value in optional.items() if value}
+    return ours | given | arguments_for(adapters, on_cpu=current_platform.is_cpu()) | more_arguments(settings.args)
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a model comes with a tokenizer."""
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    try:
+        return any(
+            cached_file(model_place(name), file, _raise_exceptions_for_missing_entries=False) is not None
+            for file in files
+        )
+    except OSError:
+        return False
 
 
 def more_arguments(text: str) -> dict[str, Any]:
@@ -84,6 +109,11 @@ def more_arguments(text: str) -> dict[str, Any]:
         return msgspec.json.decode(text, type=dict[str, Any]) if text else {}
     except msgspec.DecodeError as error:
         raise ConfigError(f"engine.vllm.args: not a JSON object: {error}") from error
+
+
+def device() -> int | None:
+    """The GPU that vLLM will compute on: the first one that this process sees."""
+    return 0 if torch.cuda.is_available() else None
 
 
 def describe(engine: Any, memory: PagedMemory, model: str) -> EngineInfo:
@@ -108,5 +138,6 @@ def describe(engine: Any, memory: PagedMemory, model: str) -> EngineInfo:
 def sample_weights(worker: Any) -> str:
     """A digest of the model's weights: shapes, types, a sample of each."""
     digest = xxhash.xxh3_128()
-    add_weights(digest, sorted(worker.get_model().state_dict().items()))
+    weights = {name.replace(".base_layer.", "."): weight for name, weight in worker.get_model().state_dict().items()}
+    add_weights(digest, sorted(weights.items()))  # with room for adapters the same weights have longer names
     return digest.hexdigest()

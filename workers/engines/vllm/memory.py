@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.errors import Unservable
+from workers.engines.device_copies import DeviceCopies
+from workers.transfer import Memory, host
 
 
 class PagedMemory:
@@ -24,30 +27,42 @@ class PagedMemory:
         self._layers = [as_bytes(name, layers[name]) for name in names]
         self.num_blocks = self._layers[0].shape[0]
         self.block_nbytes = sum(layer.shape[1] for layer in self._layers)
+        self._copies = DeviceCopies(self._layers) if self._layers[0].device.type == "cuda" else None
         self.order = [(tuple(layers[n].shape[1:]), layers[n].stride()[1:], str(layers[n].dtype)) for n in names]
 
-    def gather(self, blocks: Sequence[int], out: memoryview) -> None:
-        """Copy these blocks into `out` (format "B", `len(blocks) * block_nbytes` bytes)."""
-        target, at = np.frombuffer(out, dtype=np.uint8), 0
+    @property
+    def device(self) -> int | None:
+        """The GPU that the blocks lie on."""
+        return None if self._copies is None else self._copies.device.index
+
+    def now(self) -> Any:
+        """This moment in vLLM's stream of work, for `scatter`; called on vLLM's thread."""
+        return None if self._copies is None else torch.cuda.current_stream(self._copies.device).record_event()
+
+    def gather(self, blocks: Sequence[int], out: Memory) -> None:
+        """Copy these blocks into `out` (`len(blocks) * block_nbytes` bytes)."""
+        if self._copies is not None:
+            self._copies.gather(blocks, out)
+            return
+        target, at = np.frombuffer(host(out), dtype=np.uint8), 0
         for layer in self._layers:
             rows = target[at : at + len(blocks) * layer.shape[1]].reshape(len(blocks), -1)
-            if layer.device.type == "cpu":
-                np.take(layer.numpy(), blocks, axis=0, out=rows, mode="clip")  # any other mode copies through a buffer
-            else:
-                index = torch.tensor(blocks, device=layer.device)
-                torch.from_numpy(rows).copy_(layer.index_select(0, index))
+            np.take(layer.numpy(), blocks, axis=0, out=rows, mode="clip")  # any other mode copies through a buffer
             at += rows.nbytes
 
-    def scatter(self, data: memoryview, blocks: Sequence[int], skip: int = 0) -> None:
-        """Copy `data`, a run of `len(blocks)` blocks, into these blocks, but for the first `skip` of them."""
-        source, at = np.frombuffer(data, dtype=np.uint8), 0
+    def scatter(self, data: Memory, blocks: Sequence[int], skip: int = 0, after: Any = None) -> None:
+        """Copy `data`, a run of `len(blocks)` blocks, into these blocks, but for the first `skip` of them.
+
+        `after`: the moment at which they were given. Work that was begun before may still write into them: a step that runs ahead
+        does not know yet that the request whose blocks they were has ended.
+        """
+        if self._copies is not None:
+            self._copies.scatter(data, blocks, skip, after)
+            return
+        source, at = np.frombuffer(host(data), dtype=np.uint8), 0
         for layer in self._layers:
             rows = source[at : at + len(blocks) * layer.shape[1]].reshape(len(blocks), -1)
-            if layer.device.type == "cpu":
-                layer.numpy()[blocks[skip:]] = rows[skip:]
-            else:
-                index = torch.tensor(blocks[skip:], device=layer.device)
-                layer.index_copy_(0, index, torch.from_numpy(rows[skip:].copy()).to(layer.device))
+            layer.numpy()[blocks[skip:]] = rows[skip:]
             at += rows.nbytes
 
 

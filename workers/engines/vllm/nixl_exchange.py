@@ -71,7 +71,7 @@ class NixlExchange(Exchange):
 
     # -- in the loop ----------------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self, device: int | None) -> None:
         """Baton's transfer is not used. Raises `Unservable` where vLLM would find no NIXL."""
         if find_spec("nixl") is None:
             raise Unservable(
@@ -178,7 +178,8 @@ class NixlExchange(Exchange):
         params = msgspec.to_builtins(params)
         num_blocks = len(params["remote_block_ids"][0])
         handle = KVHandle(
-            id=uuid.uuid4().hex, request_id=export.request_id, owner=self._owner, transfer=TRANSFER, layout=self._layout(),
+            id=uuid.uuid4().hex, request_id=export.request_id, owner=self._owner, transfer=TRANSFER,
+            layout=export.layout or self._layout(),
             num_tokens=export.num_tokens, num_blocks=num_blocks, nbytes=num_blocks * self.memory.block_nbytes,
             cached_tokens=export.cached_tokens, params=params,
         )  # fmt: skip

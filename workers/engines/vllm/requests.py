@@ -8,6 +8,7 @@ import msgspec
 
 from pipeline.errors import Unservable
 from pipeline.protocol import BackendInput
+from workers.engines.vllm.grammars import constraint_of
 from workers.engines.vllm.keyed import KEY, Keyed, is_keyed, needs_processor
 
 
@@ -16,6 +17,11 @@ def prompt_of(request: BackendInput, done: list[int]) -> dict[str, Any]:
     salt = request.routing.cache_salt if request.routing else None
     prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [*request.token_ids, *done]}
     return prompt | ({"cache_salt": salt} if salt else {})
+
+
+def priority_of(request: BackendInput) -> int:
+    """vLLM's priority: of those that wait the lowest begins, and when blocks run out the highest is preempted."""
+    return request.routing.priority if request.routing else 0
 
 
 def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens: int) -> Any:
@@ -37,6 +43,8 @@ def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens
         ignore_eos=True,  # Baton says which tokens end: the request has them
         stop_token_ids=sorted({*(stop.stop_token_ids or ()), *(() if stop.ignore_eos else request.eos_token_ids)}),
         detokenize=False,
+        structured_outputs=constraint_of(request),
+        logprobs=request.output_options.logprobs,
         extra_args={KEY: msgspec.to_builtins(keyed)} if ours else None,
     )
 
@@ -52,10 +60,7 @@ def bias_of(request: BackendInput) -> dict[int, float] | None:
 
 def unserved_fields(request: BackendInput) -> list[tuple[str, bool]]:
     """Fields that are on the wire but not yet served, and whether this request asks for them."""
-    sampling, output = request.sampling_options, request.output_options
+    output = request.output_options
     return [
-        ("sampling_options.guided_decoding", sampling.guided_decoding is not None),
-        ("output_options.logprobs", output.logprobs is not None),
         ("output_options.prompt_logprobs", output.prompt_logprobs is not None),
-        ("routing.lora_name", request.routing is not None and bool(request.routing.lora_name)),
     ]

@@ -29,7 +29,7 @@ from workers.transfers.arena import GENERATIONS_OFFSET, HEADER, NAME, Header, sl
 from workers.transfers.copies import CopyThreads
 from workers.transfers.slabs import Run
 from workers.transfers.store import BlockStore, Export, digest_of
-from workers.transfers.way import Absent, Unusable, Way, read_params
+from workers.transfers.way import Absent, AskToFill, Unusable, Way, read_params
 from workers.transfers.ways.nixl.agent import Agent, Memory, Piece, load_nixl
 from workers.transfers.ways.nixl.peers import Peer, Peers
 from workers.transfers.ways.staging import Piece as StagingPiece
@@ -62,28 +62,40 @@ class NixlParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     first: SlabNumber
     count: SlabNumber
     generation: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    is_filled: bool = True  # False: the bytes lie on the owner's GPU, which has to be asked for them
 
 
-def create_way(settings: TransferSettings, store: BlockStore, copies: CopyThreads, *, exports: bool) -> Way:
+def create_way(
+    settings: TransferSettings, store: BlockStore, copies: CopyThreads, ask_to_fill: AskToFill, *, exports: bool
+) -> Way:
     """NIXL with the backend in `transfer.nixl`."""
-    return NixlWay(settings, store, copies, exports=exports)
+    return NixlWay(settings, store, copies, ask_to_fill, exports=exports)
 
 
 class NixlWay:
     """`workers.transfers.way.Way` over NIXL. An agent for what is read from here, another one for what is read by us."""
 
-    def __init__(self, settings: TransferSettings, store: BlockStore, copies: CopyThreads, *, exports: bool) -> None:
+    def __init__(
+        self,
+        settings: TransferSettings,
+        store: BlockStore,
+        copies: CopyThreads,
+        ask_to_fill: AskToFill,
+        *,
+        exports: bool,
+    ) -> None:
         self._settings: NixlSettings = settings.nixl
         self._is_asked_for = settings.kind == "nixl"
         self._store = store
         self._copies = copies
+        self._ask_to_fill = ask_to_fill
         self._is_exporting = exports
         self._staging = Staging(settings.nixl.staging_bytes, settings.slab_bytes)
         self._owner: Agent | None = None
         self._reader: Agent | None = None
         self._base = 0
 
-    async def start(self) -> None:
+    async def start(self, device: int | None) -> None:
         """Make the agents and register the memory. Unless it is the only way, it is in use on hosts with RDMA only. See `Way.start`."""
         if not self._is_asked_for and not has_rdma():
             raise Absent("this host has no RDMA device")
@@ -101,22 +113,25 @@ class NixlWay:
         await self._reader.start(address_of(staging), len(staging))
         self._peers = Peers(self._reader, self._settings.timeout_s)
 
-    def offer(self, export: Export) -> dict[str, Any]:
+    def offer(self, export: Export) -> dict[str, Any] | None:
         """Where the export lies, and the agent to read it through."""
+        if (placed := export.host) is None:
+            return None
         assert self._owner is not None
         _, offset = self._store.place(export)
         params = NixlParams(
             agent=self._owner.name,
             metadata=base64.b64encode(self._owner.metadata).decode(),
             check=xxhash.xxh3_128_hexdigest(self._owner.metadata),
-            arena=export.arena,
+            arena=placed.arena,
             base=self._base,
             data=self._base + offset,
             memory="DRAM",
             device=0,
-            first=export.run.first,
-            count=export.run.length,
-            generation=export.generation,
+            first=placed.run.first,
+            count=placed.run.length,
+            generation=placed.generation,
+            is_filled=export.device is None,
         )
         return msgspec.structs.asdict(params)
 
@@ -135,10 +150,12 @@ class NixlWay:
         readings: list[asyncio.Future[None]] = []  # into that memory
         try:
             peer = await self._peers.meet(offer.agent, metadata)
+            if not offer.is_filled:
+                await self._ask_to_fill(handle)
             proof, data = piece.data[:proof_bytes], piece.data[proof_bytes:]
             await self._read(peer, offer, data, proof, readings)
             _check(handle, offer, proof)
-            await self._copies.copy(handle.nbytes, lambda: _scatter(data, handle, into))
+            await self._copies.copy(handle.nbytes, lambda: _scatter(data, handle, into), device=into.device)
         finally:
             self._give_back(piece, readings)
 

@@ -6,7 +6,8 @@
                        tail:    status (1)      whether they were still of that generation
                                 xxh3-128 (16)   of the bytes that were meant
 
-A request for no bytes asks whether the handle is still good. Little-endian; one request after the other on a connection.
+A request for no bytes asks whether the handle is still good, and to have its bytes in host memory where they lie on a GPU.
+Little-endian; one request after the other on a connection.
 """
 
 from __future__ import annotations

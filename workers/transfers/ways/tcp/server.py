@@ -16,7 +16,7 @@ import socket
 from pipeline.config import TcpSettings
 from pipeline.errors import TransferError
 from workers.transfers.copies import CopyThreads
-from workers.transfers.store import BlockStore
+from workers.transfers.store import BlockStore, Export
 from workers.transfers.ways.tcp.address import LOOPBACK, look_up
 from workers.transfers.ways.tcp.flow import Flow
 from workers.transfers.ways.tcp.frames import REQUEST_BYTES, Request, Status, head, tail
@@ -124,7 +124,7 @@ class BlockServer:
 
     async def _answer(self, flow: Flow, request: Request) -> None:
         export = self._store.find(request.handle_id, request.generation)
-        if export is None:
+        if export is None or not await self._is_filled(export):
             await flow.write(head(Status.GENERATION))
             return
         if request.offset + request.nbytes > export.nbytes:
@@ -136,6 +136,14 @@ class BlockServer:
         digest = await flow.send_file(fd, start + request.offset, part)
         held = self._store.find(request.handle_id, request.generation) is export
         await flow.write(tail(Status.SENT if held else Status.GENERATION, digest))
+
+    async def _is_filled(self, export: Export) -> bool:
+        """Have its bytes in host memory; False where it was released before they were there."""
+        try:
+            await self._store.fill(export)
+        except TransferError:
+            return False
+        return True
 
     def _tell(self, what: str, address: str) -> None:
         """Once for each thing that can happen: who knocks on doors knocks often."""

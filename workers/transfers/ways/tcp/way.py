@@ -23,7 +23,7 @@ from pipeline.protocol import KVHandle
 from workers.transfer import BlockSink
 from workers.transfers.copies import CopyThreads
 from workers.transfers.store import BlockStore, Export, digest_of
-from workers.transfers.way import Unusable, Way, read_params
+from workers.transfers.way import AskToFill, Unusable, Way, read_params
 from workers.transfers.ways.staging import Staging
 from workers.transfers.ways.tcp.frames import HANDLE_ID, TAIL_BYTES, Request, Status, read_tail
 from workers.transfers.ways.tcp.handshake import KEY_BYTES, Stranger
@@ -42,7 +42,9 @@ class TcpParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     generation: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 
 
-def create_way(settings: TransferSettings, store: BlockStore, copies: CopyThreads, *, exports: bool) -> Way:
+def create_way(
+    settings: TransferSettings, store: BlockStore, copies: CopyThreads, ask_to_fill: AskToFill, *, exports: bool
+) -> Way:
     """Over the addresses in `transfer.tcp`."""
     return TcpWay(settings, store, copies, exports=exports)
 
@@ -58,28 +60,27 @@ class TcpWay:
         self._owners = Owners(settings.tcp.timeout_s)
         self._staging = Staging(settings.tcp.staging_bytes, settings.slab_bytes)
 
-    async def start(self) -> None:
+    async def start(self, device: int | None) -> None:
         """Listen, where this process exports. See `Way.start`."""
         if self._server is not None:
             await self._server.start()
 
-    def offer(self, export: Export) -> dict[str, Any]:
+    def offer(self, export: Export) -> dict[str, Any] | None:
         """Where to ask for the export."""
+        if export.host is None:
+            return None
         assert self._server is not None
         params = TcpParams(
             host=self._settings.advertise or self._server.host,
             port=self._server.port,
             key=self._key.hex(),
-            generation=export.generation,
+            generation=export.host.generation,
         )
         return msgspec.structs.asdict(params)
 
     async def fetch(self, handle: KVHandle, params: dict[str, Any], into: BlockSink) -> None:
         """Ask the owner, which must live. See `Way.fetch`."""
-        offer = read_params(handle, params, TcpParams)
-        if not HANDLE_ID.fullmatch(handle.id):
-            raise WireError(f"handle {handle.id!r}: its id is none that a tcp owner gives")
-        owner = Owner(offer.host, offer.port, bytes.fromhex(offer.key))
+        offer, owner = self._read(handle, params)
         if handle.nbytes > self._staging.nbytes:
             raise Unusable(f"{handle.nbytes} bytes are more than transfer.tcp.staging_bytes = {self._staging.nbytes}")
         async with self._staging.hold(handle.nbytes) as data:
@@ -87,7 +88,12 @@ class TcpWay:
             await _all(
                 self._receive(owner, part, data[part.offset : part.offset + part.nbytes], handle) for part in parts
             )
-            await self._copies.copy(handle.nbytes, lambda: _scatter(data, handle, into))
+            await self._copies.copy(handle.nbytes, lambda: _scatter(data, handle, into), device=into.device)
+
+    async def ask_to_fill(self, handle: KVHandle, params: dict[str, Any]) -> None:
+        """See `workers.transfers.way.AskToFill`: a request for no bytes does it."""
+        offer, owner = self._read(handle, params)
+        await self._receive(owner, Request(handle.id, offer.generation, 0, 0), memoryview(b""), handle)
 
     async def close(self) -> None:
         """Hang up on owners and readers. May be called twice."""
@@ -95,6 +101,12 @@ class TcpWay:
         await self._owners.close()
         if self._server is not None:
             await self._server.close()
+
+    def _read(self, handle: KVHandle, params: dict[str, Any]) -> tuple[TcpParams, Owner]:
+        offer = read_params(handle, params, TcpParams)
+        if not HANDLE_ID.fullmatch(handle.id):
+            raise WireError(f"handle {handle.id!r}: its id is none that a tcp owner gives")
+        return offer, Owner(offer.host, offer.port, bytes.fromhex(offer.key))
 
     def _parts(self, handle: KVHandle, generation: int) -> list[Request]:
         """The handle in pieces of almost the same size, as many as `streams` and the size allow."""

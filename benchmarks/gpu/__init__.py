@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/gpu_disagg.py`: Baton and plain vLLM on two GPUs under the same load."""
