@@ -17,8 +17,9 @@ from pipeline.errors import KVLost, WireError
 from pipeline.protocol import KVHandle, Log
 from tests.contract.engines import Running, request_of
 from tests.contract.transfer_blocks import requires_nixl
+from tests.with_vllm.pairs import Pair, child, fresh, held, prompt
 from tests.with_vllm.settings import requires_vllm
-from tests.with_vllm.test_vllm_engine import KINDS, Pair, child, exported, fresh, held, prompt
+from tests.with_vllm.test_vllm_engine import KINDS, exported
 
 pytestmark = [
     pytest.mark.vllm,

@@ -14,11 +14,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import msgspec
 
-from pipeline.errors import EngineError, KVLost, WireError
+from pipeline.errors import EngineError, KVLost, Unservable, WireError
 from pipeline.protocol import KVHandle
 from workers.engines.vllm.exchange import Connector, Exchange, Export, Fetch, Moved
 from workers.engines.vllm.futures import fail, give
@@ -71,7 +72,11 @@ class NixlExchange(Exchange):
     # -- in the loop ----------------------------------------------------------------------------------------------------------
 
     async def start(self, device: int | None) -> None:
-        """Nothing: Baton's transfer is not used."""
+        """Baton's transfer is not used. Raises `Unservable` where vLLM would find no NIXL."""
+        if find_spec("nixl") is None:
+            raise Unservable(
+                "engine.vllm.connector = nixl: NIXL is not installed here: pip install 'baton-serve[nixl]'"
+            )
 
     def expect_fetch(self, key: str, fetch: Fetch) -> None:
         """See `HandOver.expect_fetch`."""
@@ -173,7 +178,8 @@ class NixlExchange(Exchange):
         params = msgspec.to_builtins(params)
         num_blocks = len(params["remote_block_ids"][0])
         handle = KVHandle(
-            id=uuid.uuid4().hex, request_id=export.request_id, owner=self._owner, transfer=TRANSFER, layout=self._layout(),
+            id=uuid.uuid4().hex, request_id=export.request_id, owner=self._owner, transfer=TRANSFER,
+            layout=export.layout or self._layout(),
             num_tokens=export.num_tokens, num_blocks=num_blocks, nbytes=num_blocks * self.memory.block_nbytes,
             cached_tokens=export.cached_tokens, params=params,
         )  # fmt: skip
