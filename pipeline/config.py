@@ -139,6 +139,7 @@ class VllmSettings(Section, frozen=True, kw_only=True):
     prefix_cache: bool = True
     enforce_eager: bool = False
     threads: Count = 1  # CPU threads of the engine
+    kv_events: bool = False  # tell the pool what the prefix cache holds
     args: str = ""  # more of vLLM's engine arguments, a JSON object; they win
 
 

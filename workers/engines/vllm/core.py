@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pipeline.kv_events import KVEvent
 from workers.engines.vllm.exchange import Moved
 from workers.engines.vllm.futures import fail, give
+from workers.engines.vllm.kv_events import Publisher
 
 T = TypeVar("T")
 POLL_S = 0.002  # while all requests wait for something that nobody tells us of, such as a grammar being compiled
@@ -73,6 +75,11 @@ class Core:
         with self._changed:
             self._orders.append(order)
             self._changed.notify()
+
+    async def tell_events(self, tell: Callable[[list[KVEvent]], None]) -> None:
+        """`tell` hears in the loop what happens to the prefix cache from now on."""
+        publisher = Publisher(lambda events: self._say(tell, events))
+        await self.call(lambda: setattr(self._scheduler, "kv_event_publisher", publisher))
 
     def add(self, request: Any, prepare: Callable[[Any], None]) -> None:
         """Queue a request (vLLM's `EngineCoreRequest`). `prepare` gets it as the scheduler will, before the scheduler does."""

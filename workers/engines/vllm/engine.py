@@ -16,6 +16,7 @@ import msgspec
 
 from pipeline.config import EngineSettings, PoolSettings, VllmSettings
 from pipeline.errors import EngineDied, EngineError, Unservable
+from pipeline.kv_events import BlocksCleared, KVEvent
 from pipeline.loras import loras_of
 from pipeline.protocol import BackendInput, FinishReason, KVHandle, LLMEngineOutput, Log
 from workers.engine import AsyncEngine, EngineInfo, EngineStats, Prefilled
@@ -53,6 +54,7 @@ class VllmEngine:
         self._counters = Counters()
         self._unread: deque[list[LLMEngineOutput]] = deque()
         self._news = asyncio.Event()
+        self._kv_events: asyncio.Queue[list[KVEvent] | None] = asyncio.Queue()
         self._death: EngineDied | None = None
         self._is_closed = False
 
@@ -76,6 +78,11 @@ class VllmEngine:
         self._vllm = await self._core.start(
             lambda: make_engine(self._pool, self._settings, self._adapters, self._exchange)
         )
+        if self._settings.kv_events:
+            self._kv_events.put_nowait([BlocksCleared()])
+            await self._core.tell_events(self._kv_events.put_nowait)
+        else:
+            self._kv_events.put_nowait(None)
         self._supported = await self._core.call(lambda: self._vllm.engine_core.get_supported_tasks())
         self._vocab_size = self._vllm.vllm_config.model_config.get_vocab_size()
         self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model))
@@ -190,6 +197,11 @@ class VllmEngine:
             self._news.clear()
             await self._news.wait()
 
+    async def kv_events(self) -> AsyncIterator[list[KVEvent]]:
+        """See `AsyncEngine.kv_events`."""
+        while (events := await self._kv_events.get()) is not None:
+            yield events
+
     def stats(self) -> EngineStats:
         """See `AsyncEngine.stats`."""
         return self._counters.stats(self._core.load() if self._core else Load(), self._transfer.stats())
@@ -205,6 +217,7 @@ class VllmEngine:
             await self._core.close()
             await self._exchange.close()
         self._news.set()
+        self._kv_events.put_nowait(None)
         await self._transfer.close()
 
     def _take(self, step: Any) -> None:
