@@ -195,10 +195,16 @@ async def test_what_cannot_be_served_is_refused_by_name(pair: Pair) -> None:
         (msgspec.structs.replace(good, token_ids=[]), "empty"),
         (msgspec.structs.replace(good, token_ids=prompt(2048)), "no room"),
         (msgspec.structs.replace(good, token_ids=[1_000_000]), "1000000"),
+        (msgspec.structs.replace(good, token_ids=[5, -7, 6]), "-7"),
+        (stopping(good, stop_token_ids=[-1], min_tokens=3), "-1"),
+        (request_of("refused", prompt(10), top_p=7.0), "top_p"),
         (msgspec.structs.replace(good, output_options=OutputOptions(prompt_logprobs=1)), "prompt_logprobs"),
         (request_of("refused", prompt(10), logit_bias={"a": 1.0}), "logit_bias"),
     ]:
         with pytest.raises(Unservable, match=word):
             await engine.decode(request, None, Log.empty(1))
-    assert await engine.decode(good, None, Log.empty(1)) == 0
-    await pair.decode.finished(good)
+    beyond = msgspec.structs.replace(stopping(good, min_tokens=3), request_id="beyond", eos_token_ids=[1_000_000])
+    for request in (good, beyond):  # some models name an end that they cannot say
+        await engine.decode(request, None, Log.empty(1))
+        [tokens] = await pair.decode.finished(request)
+        assert len(tokens) == 12

@@ -34,15 +34,17 @@ class Load:
 
 
 class Core:
-    """Runs `make` on its thread and steps what it gives until `close`. `on_death` is called in the loop with what a step raised;
-    `unread` tells how many steps' outputs wait for their reader."""
+    """Runs `make` on its thread and steps what it gives until `close`. In the loop `on_death` is called with what a step raised, and
+    `on_refusal` with vLLM's id of a request that it does not take, and why. `unread` tells how many steps' outputs wait to be read."""
 
     def __init__(
-        self, on_outputs: Callable[[Any], None], on_death: Callable[[BaseException], None], unread: Callable[[], int]
-    ) -> None:
+        self, on_outputs: Callable[[Any], None], on_death: Callable[[BaseException], None],
+        on_refusal: Callable[[str, Exception], None], unread: Callable[[], int],
+    ) -> None:  # fmt: skip
         self._loop = asyncio.get_running_loop()
         self._on_outputs = on_outputs
         self._on_death = on_death
+        self._on_refusal = on_refusal
         self._unread = unread
         self._orders: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -169,9 +171,13 @@ class Core:
 
     def _add(self, request: Any, prepare: Callable[[Any], None]) -> None:
         core = self._client.engine_core
-        made, wave = core.preprocess_add_request(request)
-        prepare(made)
-        core.add_request(made, wave)
+        try:
+            made, wave = core.preprocess_add_request(request)
+            prepare(made)
+            core.add_request(made, wave)
+        except Exception as error:  # noqa: BLE001  # it is this request's alone: what vLLM holds of it is taken back
+            self._client.abort_requests([request.request_id])
+            self._say(self._on_refusal, request.request_id, error)
 
     def _tell(self, moved: Moved) -> None:
         from vllm.v1.outputs import KVConnectorOutput

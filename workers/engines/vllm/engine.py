@@ -73,7 +73,7 @@ class VllmEngine:
             raise Unservable(f"pools.<name>.engine = vllm: {missing}") from error
         self._adapters = read_adapters(loras_of(self._pool))
         await self._transfer.start()
-        self._core = Core(self._take, self._die, lambda: len(self._unread))
+        self._core = Core(self._take, self._die, self._refuse, lambda: len(self._unread))
         self._exchange = Exchange(self._transfer, lambda: self.info.layout, self._core.tell)
         self._vllm = await self._core.start(
             lambda: make_engine(self._pool, self._settings, self._adapters, self._exchange)
@@ -258,6 +258,22 @@ class VllmEngine:
             request.request_id, choice.number, index, list(output.new_token_ids), reason, logprobs, error, top
         )
 
+    def _refuse(self, key: str, error: Exception) -> None:
+        """vLLM has not taken a choice: its request fails, others go on."""
+        choice = self._choices.get(key)
+        if choice is None:
+            return
+        said = f"request {choice.job.request.request_id}, choice {choice.number}: vLLM does not take it: {error!r}"
+        if choice.job.is_joining:
+            choice.job.fail(EngineError(said))
+            return
+        self._forget(choice)
+        failed = LLMEngineOutput(
+            choice.job.request.request_id, choice.number, len(choice.output), [], FinishReason.ERROR, None, said
+        )
+        self._unread.append([failed])
+        self._news.set()
+
     def _die(self, error: BaseException) -> None:
         self._death = EngineDied(f"vLLM failed: {type(error).__name__}: {error}")
         for job in list(self._jobs.values()):
@@ -276,9 +292,10 @@ class VllmEngine:
             raise Unservable(f"request {request.request_id} is already in this engine")
         refuse_unserved(request, done, self.info, unserved_fields(request))
         adapter_of(request, self._adapters)
-        largest = max(request.token_ids)
-        if largest >= self._vocab_size:  # without a tokenizer vLLM does not look, and dies of it
-            raise Unservable(f"request {request.request_id}: token id {largest}, the model has {self._vocab_size}")
+        stops = request.stop_conditions.stop_token_ids or ()
+        for token in (min(request.token_ids), max(request.token_ids), *stops):
+            if not 0 <= token < self._vocab_size:  # vLLM does not look at all of them, and dies of one
+                raise Unservable(f"request {request.request_id}: token id {token}, the model has {self._vocab_size}")
 
     def _info_for(self, request: BackendInput) -> EngineInfo:
         """What this engine is to a request: blocks that were computed under an adapter are none of the model's own."""
@@ -315,7 +332,7 @@ class VllmEngine:
         most = min(request.stop_conditions.max_tokens or room, room) - len(choice.output)
         log = list(choice.output)
         try:
-            params = params_of(request, choice.number, log, max_tokens=max_tokens or most)
+            params = params_of(request, choice.number, log, max_tokens=max_tokens or most, vocab_size=self._vocab_size)
             core_request = self._vllm.input_processor.process_inputs(
                 choice.key, prompt_of(request, log), params, self._supported, priority=priority_of(request),
                 lora_request=lora_request(adapter_of(request, self._adapters)),
