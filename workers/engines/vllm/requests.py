@@ -39,7 +39,7 @@ def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
+        repetition_penalty=1.0 if ours else sampling.repetition_penalty,  # vLLM's comes when ours has chosen
         logit_bias=bias_of(request),
         max_tokens=max_tokens,
         min_tokens=max(0, (stop.min_tokens or 0) - len(done)),
