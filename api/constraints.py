@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from pipeline.errors import InvalidRequest
-from pipeline.protocol import GuidedDecoding
+from pipeline.protocol import UNREADABLE, GuidedDecoding
 
 ANY_OBJECT = '{"type":"object"}'
 
@@ -70,18 +70,24 @@ def _constraints(name: str, value: Any) -> list[GuidedDecoding]:
         case JsonObjectFormat():
             return [GuidedDecoding(json=ANY_OBJECT)]
         case JsonSchemaFormat():
-            return [GuidedDecoding(json=_json(value.json_schema.schema))]
+            return [GuidedDecoding(json=_json(name, value.json_schema.schema))]
         case StructuredOutputs():
             given = {key: getattr(value, key) for key in ("json", "regex", "choice", "grammar")}
-            found = [_constraint(key, one) for key, one in given.items() if one is not None]
+            found = [_constraint(name, key, one) for key, one in given.items() if one is not None]
             return found + ([GuidedDecoding(json=ANY_OBJECT)] if value.json_object else [])
-    return [_constraint(name.removeprefix("guided_"), value)]
+    return [_constraint(name, name.removeprefix("guided_"), value)]
 
 
-def _constraint(kind: str, value: Any) -> GuidedDecoding:
-    fields: dict[str, Any] = {kind: _json(value) if kind == "json" else value}
+def _constraint(name: str, kind: str, value: Any) -> GuidedDecoding:
+    fields: dict[str, Any] = {kind: _json(name, value) if kind == "json" else value}
     return GuidedDecoding(**fields)
 
 
-def _json(schema: dict[str, Any] | str) -> str:
-    return schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
+def _json(name: str, schema: dict[str, Any] | str) -> str:
+    if not isinstance(schema, str):
+        return msgspec.json.encode(schema).decode()
+    try:
+        msgspec.json.decode(schema, type=dict[str, Any])
+    except UNREADABLE as error:
+        raise InvalidRequest(f"{name}: a schema as text is a JSON object: {error}", param=name) from error
+    return schema

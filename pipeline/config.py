@@ -152,6 +152,7 @@ class VllmSettings(Section, frozen=True, kw_only=True):
     enforce_eager: bool = False
     threads: Count = 1  # CPU threads of the engine
     connector: Literal["baton", "nixl"] = "baton"  # how blocks are handed over; nixl: vLLM's own NixlConnector
+    kv_events: bool = False  # tell the pool what the prefix cache holds
     args: str = ""  # more of vLLM's engine arguments, a JSON object; they win
 
 

@@ -58,6 +58,7 @@ TABLE: dict[str, KeySpec] = {
         "sweep, handback",
         "last 10,000, or until `drop` or a replay; their records stay for `queue.dead_ttl_s`",
     ),
+    "kv": KeySpec("kv", "stream", "workers", "last 10,000 entries: what their prefix caches hold"),
     "purged": KeySpec("purged:{0}", "hash cursor -> answer", "purge", "a minute"),
     "sweep": KeySpec("sweeper", "string", "sweep", "one sweep interval: one sweeper at a time"),
     "bus": KeySpec("bus:{0}", "channel", "-", "frames for one API process"),
@@ -170,6 +171,10 @@ class PoolKeys:
     def dead(self) -> str:
         """Stream: dead-lettered tasks with reason and last worker."""
         return self._of("dead")
+
+    def kv_events(self) -> str:
+        """Stream: what the prefix caches of the workers got and lost."""
+        return self._of("kv")
 
     def bus(self, api: str) -> str:
         """Channel: frames for one API process."""

@@ -29,6 +29,7 @@ from workers.child import ChildEngine
 from workers.control import WorkerControl, engine_told
 from workers.departure import Departure
 from workers.holdings import Held, Holdings
+from workers.kv_events import KVEventWriter
 from workers.stages import NoResources, StageCapacity, Stages, load_stages
 from workers.steps import StepWriter
 from workers.stops import StopStrings
@@ -126,6 +127,7 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
         held.drop(why)
 
     steps = StepWriter(worker.queue, name, holdings, stop=stop)
+    kv_events = KVEventWriter(connection, pool, name)
 
     async def take(outputs: list[LLMEngineOutput]) -> None:
         kept = stops.cut_all(outputs)
@@ -145,7 +147,7 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
                 version=pipeline.__version__, rows=engine_rows(engine.info, settings.transfer.kind),
             ))  # fmt: skip
             departure.lead(worker.drain, worker.leave_now)
-            await _work(worker, supervisor.run(), steps.run(), control.run())
+            await _work(worker, supervisor.run(), steps.run(), control.run(), kv_events.run(engine))
     finally:
         await supervisor.close()
         await connection.close()

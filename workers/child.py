@@ -23,6 +23,7 @@ import msgspec
 from pipeline import errors
 from pipeline.config import EngineSettings, LogSettings, PoolSettings, TransferSettings
 from pipeline.errors import BatonError, EngineDied, EngineDown, KVLost
+from pipeline.kv_events import KVEvent
 from pipeline.processes import ending
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
 from workers import messages as m
@@ -48,6 +49,7 @@ class ChildEngine:
         self._calls: dict[int, asyncio.Future[m.PrefillAnswer | m.DecodeAnswer]] = {}
         self._numbers = itertools.count(1)
         self._steps: asyncio.Queue[list[LLMEngineOutput] | EngineDied] = asyncio.Queue()
+        self._kv_events: asyncio.Queue[list[KVEvent]] = asyncio.Queue()
         self._started: asyncio.Future[EngineInfo] | None = None
         self.heard_s = 0.0  # monotonic time of the child's last message
 
@@ -117,6 +119,11 @@ class ChildEngine:
             if isinstance(item, EngineDied):
                 raise item
             yield item
+
+    async def kv_events(self) -> AsyncIterator[list[KVEvent]]:
+        """See `AsyncEngine.kv_events`. Goes on when the child is started again."""
+        while True:
+            yield await self._kv_events.get()
 
     async def cancel(self, request_id: str, choice: int | None = None) -> None:
         """See `AsyncEngine.cancel`."""
@@ -190,6 +197,8 @@ class ChildEngine:
         match message:
             case m.Step():
                 self._steps.put_nowait(message.outputs)
+            case m.CacheNews():
+                self._kv_events.put_nowait(message.events)
             case m.Stats():
                 self._stats = message.stats
             case m.PrefillAnswer() | m.DecodeAnswer():
@@ -278,6 +287,7 @@ class _Host:
             return 1
         m.send(self._writer, m.Started(engine.info))
         pumps = [asyncio.create_task(self._pump_steps(engine)), asyncio.create_task(self._pump_stats(engine))]
+        self._keep(asyncio.create_task(self._pump_kv_events(engine)))
         commands = asyncio.create_task(self._take_commands(engine))
         done, _ = await asyncio.wait([*pumps, commands], return_when=asyncio.FIRST_COMPLETED)
         for task in [*pumps, commands, *self._running]:
@@ -308,8 +318,7 @@ class _Host:
             match message:
                 case m.Prefill() | m.Decode():
                     task = asyncio.create_task(self._answer(engine, message))
-                    self._running.add(task)
-                    task.add_done_callback(self._running.discard)
+                    self._keep(task)
                     await asyncio.sleep(0)  # it is in the engine before a cancellation that lies behind it is read
                 case m.Cancel():
                     await engine.cancel(message.request_id, message.choice)
@@ -318,6 +327,10 @@ class _Host:
                     m.send(self._writer, m.Stats(engine.stats()))
                 case m.Close() | m.Start():
                     return
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
     async def _answer(self, engine: AsyncEngine, message: m.Prefill | m.Decode) -> None:
         answer: m.PrefillAnswer | m.DecodeAnswer | m.Failed
@@ -335,6 +348,10 @@ class _Host:
         async for outputs in engine.steps():
             m.send(self._writer, m.Step(outputs))
             await self._writer.drain()
+
+    async def _pump_kv_events(self, engine: AsyncEngine) -> None:
+        async for events in engine.kv_events():
+            m.send(self._writer, m.CacheNews(events))
 
     async def _pump_stats(self, engine: AsyncEngine) -> None:
         while True:

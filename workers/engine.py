@@ -19,6 +19,7 @@ import msgspec
 
 from pipeline.config import EngineSettings, PoolSettings
 from pipeline.errors import ConfigError
+from pipeline.kv_events import KVEvent
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
 from workers.transfer import Fetched, Transfer
 
@@ -99,6 +100,11 @@ class AsyncEngine(Protocol):
 
     def steps(self) -> AsyncIterator[list[LLMEngineOutput]]:
         """All outputs of a step as one list, in the order of steps; ends when the engine is closed."""
+        ...
+
+    def kv_events(self) -> AsyncIterator[list[KVEvent]]:
+        """What the prefix cache got and lost, in order, beginning with `BlocksCleared`. An engine that does not tell ends it at once,
+        others when they are closed. One reader."""
         ...
 
     async def cancel(self, request_id: str, choice: int | None = None) -> None:

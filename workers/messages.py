@@ -7,6 +7,7 @@ import asyncio
 import msgspec
 
 from pipeline.config import EngineSettings, PoolSettings, TransferSettings
+from pipeline.kv_events import KVEvent
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
 from workers.engine import EngineInfo, EngineStats, Prefilled
 
@@ -101,7 +102,13 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     stats: EngineStats
 
 
-FromChild = Started | PrefillAnswer | DecodeAnswer | Failed | Step | Stats
+class CacheNews(msgspec.Struct, tag="kv", frozen=True):
+    """What the engine's prefix cache got and lost."""
+
+    events: list[KVEvent]
+
+
+FromChild = Started | PrefillAnswer | DecodeAnswer | Failed | Step | Stats | CacheNews
 
 _encode = msgspec.msgpack.Encoder().encode
 

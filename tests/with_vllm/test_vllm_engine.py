@@ -30,7 +30,7 @@ KINDS = {
     "seeded": SAMPLED,
     "seeded, cut": SAMPLED | {"top_k": 40, "top_p": 0.9, "min_p": 0.02},
     "penalties": {"presence_penalty": 0.8, "frequency_penalty": 0.6, "repetition_penalty": 1.1},
-    "seeded, penalties": SAMPLED | {"presence_penalty": 0.8, "frequency_penalty": 0.6},
+    "seeded, penalties": SAMPLED | {"presence_penalty": 0.8, "frequency_penalty": 0.6, "repetition_penalty": 1.1},
 }
 
 
@@ -55,6 +55,17 @@ async def test_handed_over_the_tokens_are_the_same(pair: Pair, kind: str, length
     assert over == here
     await pair.rests()
     assert pair.decode.engine.stats().prompt_tokens_computed == before
+
+
+async def test_a_repetition_penalty_is_the_same_whoever_applies_it(pair: Pair) -> None:
+    """vLLM to greedy requests; our processor to seeded ones, of which these may only take the best token."""
+    only_best = SAMPLED | {"top_k": 1}
+    answers = {}
+    for name, options in [("greedy", {}), ("seeded", only_best)]:
+        for penalty in (1.0, 1.6):
+            asked = request_of(f"{name} {penalty}", prompt(70), 40, **options, repetition_penalty=penalty)
+            answers[name, penalty] = await pair.prefill.generate(asked)
+    assert answers["seeded", 1.6] == answers["greedy", 1.6] != answers["greedy", 1.0] == answers["seeded", 1.0]
 
 
 async def test_choices_that_have_ended_are_left_out(pair: Pair) -> None:
@@ -196,10 +207,16 @@ async def test_what_cannot_be_served_is_refused_by_name(pair: Pair) -> None:
         (msgspec.structs.replace(good, token_ids=[]), "empty"),
         (msgspec.structs.replace(good, token_ids=prompt(2048)), "no room"),
         (msgspec.structs.replace(good, token_ids=[1_000_000]), "1000000"),
+        (msgspec.structs.replace(good, token_ids=[5, -7, 6]), "-7"),
+        (stopping(good, stop_token_ids=[-1], min_tokens=3), "-1"),
+        (request_of("refused", prompt(10), top_p=7.0), "top_p"),
         (msgspec.structs.replace(good, output_options=OutputOptions(prompt_logprobs=1)), "prompt_logprobs"),
         (request_of("refused", prompt(10), logit_bias={"a": 1.0}), "logit_bias"),
     ]:
         with pytest.raises(Unservable, match=word):
             await engine.decode(request, None, Log.empty(1))
-    assert await engine.decode(good, None, Log.empty(1)) == 0
-    await pair.decode.finished(good)
+    beyond = msgspec.structs.replace(stopping(good, min_tokens=3), request_id="beyond", eos_token_ids=[1_000_000])
+    for request in (good, beyond):  # some models name an end that they cannot say
+        await engine.decode(request, None, Log.empty(1))
+        [tokens] = await pair.decode.finished(request)
+        assert len(tokens) == 12

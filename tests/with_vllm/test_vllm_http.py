@@ -14,6 +14,8 @@ import openai
 import pytest
 import pytest_asyncio
 
+from pipeline.kv_events import FIELD, BlocksCleared, BlocksStored, decode
+from pipeline.protocol import pack_tokens, unpack_tokens
 from pipeline.redis_server import RedisServer
 from tests.serving import Served, serving
 from tests.system import POOL
@@ -29,6 +31,7 @@ SCHEMA = {
     "required": ["words"],
     "additionalProperties": False,
 }  # fmt: skip
+KV_EVENTS = "engine.vllm.kv_events=true"
 BY_SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "story", "schema": SCHEMA}}
 
 
@@ -36,7 +39,7 @@ BY_SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "story", "schem
 async def served(default_redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
     place = tmp_path_factory.mktemp("served")
     loras = f"pools.{POOL}.loras=story={write_adapter(place / 'story', 1, 0.3)}"
-    async with serving(default_redis_server, place, *VLLM, loras, "worker.lease_s=3") as served:
+    async with serving(default_redis_server, place, *VLLM, loras, "worker.lease_s=3", KV_EVENTS) as served:
         yield served
 
 
@@ -154,6 +157,29 @@ async def test_an_adapter_is_a_model_of_its_own(served: Served, client: openai.A
     await served.system.until(served.system.rests, 20)
     with pytest.raises(openai.NotFoundError):
         await client.chat.completions.create(model="history", **asked)
+
+
+async def test_the_workers_tell_what_their_prefix_caches_hold(served: Served, client: openai.AsyncOpenAI) -> None:
+    await client.completions.create(model=POOL, prompt=list(range(100, 200)), max_tokens=4)
+
+    async def told() -> bool:
+        rows = await served.system.connection.command("XRANGE", served.system.keys.kv_events(), "-", "+")
+        entries = [entry for _, fields in rows if (entry := decode(fields[FIELD.encode()])) is not None]
+        numbers: dict[str, int] = {}
+        for entry in entries:
+            assert entry.number == numbers.get(entry.worker, 0)
+            assert (entry.events[0] == BlocksCleared()) == (entry.number == 0)
+            numbers[entry.worker] = entry.number + len(entry.events)
+        stored = {
+            entry.worker: unpack_tokens(event.tokens)
+            for entry in entries
+            for event in entry.events
+            if isinstance(event, BlocksStored) and event.tokens.startswith(pack_tokens(range(100, 132)))
+        }
+        alive = [name for stage in ("prefill", "decode") for name in await served.system.alive(stage)]
+        return len(stored) == 2 and stored.keys() <= set(alive)
+
+    await served.system.until(told, 20)
 
 
 async def events_of_text(http: httpx.AsyncClient, body: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncIterator
 
 from pipeline.errors import ConfigError, EngineDied, Unservable
+from pipeline.kv_events import KVEvent
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
 from workers.engine import EngineInfo, EngineStats, Prefilled
 from workers.engines.paged.blocks import BlockPool
@@ -96,6 +97,11 @@ class PagedEngine:
         """See `AsyncEngine.steps`. Raises `EngineDied` when a whole step failed. One reader."""
         while (outputs := await self._stepper.next_outputs()) is not None:
             yield outputs
+
+    async def kv_events(self) -> AsyncIterator[list[KVEvent]]:
+        """See `AsyncEngine.kv_events`. This engine does not tell."""
+        for _ in ():
+            yield []
 
     async def cancel(self, request_id: str, choice: int | None = None) -> None:
         """See `AsyncEngine.cancel`. Blocks that the step in flight writes to are free when it ends."""

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pipeline.kv_events import KVEvent
 from workers.engines.vllm.exchange import Moved
 from workers.engines.vllm.futures import fail, give
+from workers.engines.vllm.kv_events import Publisher
 
 T = TypeVar("T")
 MAX_UNREAD_STEPS = 256  # the engine pauses while its reader is this far behind
@@ -31,19 +33,18 @@ class Load:
 
 
 class Core:
-    """Runs `make` on its thread and steps what it gives until `close`. `on_death` is called in the loop with what a step raised;
-    `unread` tells how many steps' outputs wait for their reader, `pause_s` how long to rest while all requests wait."""
+    """Runs `make` on its thread and steps what it gives until `close`. In the loop `on_death` is called with what a step raised, and
+    `on_refusal` with vLLM's id of a request that it does not take, and why. `unread` tells how many steps' outputs wait to be read,
+    `pause_s` how long to rest while all requests wait."""
 
     def __init__(
-        self,
-        on_outputs: Callable[[Any], None],
-        on_death: Callable[[BaseException], None],
-        unread: Callable[[], int],
-        pause_s: Callable[[], float],
-    ) -> None:
+        self, on_outputs: Callable[[Any], None], on_death: Callable[[BaseException], None],
+        on_refusal: Callable[[str, Exception], None], unread: Callable[[], int], pause_s: Callable[[], float],
+    ) -> None:  # fmt: skip
         self._loop = asyncio.get_running_loop()
         self._on_outputs = on_outputs
         self._on_death = on_death
+        self._on_refusal = on_refusal
         self._unread = unread
         self._pause_s = pause_s
         self._orders: deque[Callable[[], None]] = deque()
@@ -77,6 +78,11 @@ class Core:
         with self._changed:
             self._orders.append(order)
             self._changed.notify()
+
+    async def tell_events(self, tell: Callable[[list[KVEvent]], None]) -> None:
+        """`tell` hears in the loop what happens to the prefix cache from now on."""
+        publisher = Publisher(lambda events: self._say(tell, events))
+        await self.call(lambda: setattr(self._scheduler, "kv_event_publisher", publisher))
 
     def add(self, request: Any, prepare: Callable[[Any], None]) -> None:
         """Queue a request (vLLM's `EngineCoreRequest`). `prepare` gets it as the scheduler will, before the scheduler does."""
@@ -166,9 +172,13 @@ class Core:
 
     def _add(self, request: Any, prepare: Callable[[Any], None]) -> None:
         core = self._client.engine_core
-        made, wave = core.preprocess_add_request(request)
-        prepare(made)
-        core.add_request(made, wave)
+        try:
+            made, wave = core.preprocess_add_request(request)
+            prepare(made)
+            core.add_request(made, wave)
+        except Exception as error:  # noqa: BLE001  # it is this request's alone: what vLLM holds of it is taken back
+            self._client.abort_requests([request.request_id])
+            self._say(self._on_refusal, request.request_id, error)
 
     def _tell(self, moved: Moved) -> None:
         from vllm.v1.outputs import KVConnectorOutput

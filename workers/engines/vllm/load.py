@@ -24,7 +24,7 @@ import torch  # noqa: E402
 import xxhash  # noqa: E402
 from transformers.utils.hub import cached_file  # noqa: E402
 from vllm import EngineArgs  # noqa: E402
-from vllm.config import KVTransferConfig  # noqa: E402
+from vllm.config import KVEventsConfig, KVTransferConfig  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 
@@ -87,6 +87,7 @@ def arguments(
         "block_size": settings.block_size,
         "max_model_len": pool.max_model_len,
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "kv_events_config": settings.kv_events and KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     }
     given = {name: value for name, value in optional.items() if value}
     return ours | given | arguments_for(adapters, on_cpu=current_platform.is_cpu()) | more_arguments(settings.args)

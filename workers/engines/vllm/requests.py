@@ -24,24 +24,27 @@ def priority_of(request: BackendInput) -> int:
     return request.routing.priority if request.routing else 0
 
 
-def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens: int) -> Any:
+def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens: int, vocab_size: int) -> Any:
     """vLLM's `SamplingParams` for what is left of a choice whose log holds `done`; at most `max_tokens` more."""
     from vllm import SamplingParams
 
     sampling, stop = request.sampling_options, request.stop_conditions
     ours = needs_processor(sampling)
+    eos = (
+        () if stop.ignore_eos else (token for token in request.eos_token_ids if token < vocab_size)
+    )  # it dies of others
     keyed = Keyed(options=sampling, choice=choice, done=done)
     return SamplingParams(
         temperature=0.0 if is_keyed(sampling) else sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
+        repetition_penalty=1.0 if ours else sampling.repetition_penalty,  # vLLM's comes when ours has chosen
         logit_bias=bias_of(request),
         max_tokens=max_tokens,
         min_tokens=max(0, (stop.min_tokens or 0) - len(done)),
         ignore_eos=True,  # Baton says which tokens end: the request has them
-        stop_token_ids=sorted({*(stop.stop_token_ids or ()), *(() if stop.ignore_eos else request.eos_token_ids)}),
+        stop_token_ids=sorted({*(stop.stop_token_ids or ()), *eos}),
         detokenize=False,
         structured_outputs=constraint_of(request),
         logprobs=request.output_options.logprobs,

@@ -23,9 +23,10 @@ from workers.engines.vllm.keyed import KEY, Keyed, is_keyed
 
 @dataclass(slots=True)
 class Row:
-    """A request in vLLM's batch; `output` is vLLM's own list and grows."""
+    """A request in vLLM's batch. `prompt`: as vLLM has it, with what was logged before; `output` is vLLM's own list and grows."""
 
     keyed: Keyed
+    prompt: list[int]
     output: list[int]
 
     def draw(self) -> Draw:
@@ -53,10 +54,10 @@ class KeyedSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no types
             return
         for index in batch_update.removed:
             self._rows.pop(index, None)
-        for index, params, _, output in batch_update.added:
+        for index, params, prompt, output in batch_update.added:
             self._rows.pop(index, None)
             if (told := (params.extra_args or {}).get(KEY)) is not None:
-                self._rows[index] = Row(msgspec.convert(told, Keyed), output)
+                self._rows[index] = Row(msgspec.convert(told, Keyed), prompt or [], output)
         for source, target, direction in batch_update.moved:
             moved, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
             if moved is not None:
@@ -81,8 +82,13 @@ class KeyedSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no types
 
 
 def penalize(logits: torch.Tensor, row: Row) -> None:
-    """OpenAI's presence and frequency penalties over all of the output. `logits` [vocabulary] is changed."""
+    """The penalties in vLLM's order: repetition over prompt and output, then OpenAI's presence and frequency over all of the output.
+    `logits` [vocabulary] is changed."""
     options = row.keyed.options
+    if options.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*row.prompt, *(token for token in row.output if token >= 0)}), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / options.repetition_penalty, values * options.repetition_penalty)
     if options.presence_penalty == 0 and options.frequency_penalty == 0:
         return
     counts = Counter(token for token in (*row.keyed.done, *row.output) if 0 <= token < logits.shape[-1])
