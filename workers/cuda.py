@@ -120,20 +120,6 @@ def address_of(memory: memoryview) -> int:
     return int(np.frombuffer(memory, dtype=np.uint8).__array_interface__["data"][0])
 
 
-class _Array:
-    """CUDA's array interface over an address."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3,
-        }  # fmt: skip
-
-
-def as_tensor(device: int, address: int, nbytes: int) -> torch.Tensor:
-    """Memory of this device, [nbytes] of uint8; it must outlive the tensor."""
-    return torch.as_tensor(_Array(address, nbytes), device=torch.device("cuda", device))
-
-
 def copy_out(device: int, address: int, to: memoryview) -> None:
     """Copy memory of the device to host memory; returns when it is there."""
     use(device)

@@ -86,7 +86,7 @@ class DeviceCopies:
     def gather(self, blocks: Sequence[int], out: Memory) -> None:
         """Copy these blocks into `out`, layer after layer. Returns when it is done."""
         with self._turn():
-            index = torch.tensor(blocks, device=self.device)
+            index = self._index(blocks)
             if isinstance(out, DeviceBytes):
                 self._move(self._lanes[0].stream, index, out.address, 0, self._whole(index, 0), is_scatter=False)
                 return
@@ -105,7 +105,7 @@ class DeviceCopies:
         `after`: what has to be over before the blocks are written.
         """
         with self._turn():
-            index = torch.tensor(blocks, device=self.device)
+            index = self._index(blocks)
             if after is not None:
                 for lane in self._lanes:
                     lane.stream.wait_event(after)
@@ -134,6 +134,11 @@ class DeviceCopies:
             move_rows[(min(PROGRAMS, last_row - first_row),)](
                 self._table, index, run, len(index), skip, first_row, last_row, is_scatter, WORDS, num_warps=8
             )
+
+    def _index(self, blocks: Sequence[int]) -> torch.Tensor:
+        """The blocks' numbers on the GPU. A thread's own stream is the model's, too: by that one it would wait for a running step."""
+        with torch.cuda.stream(self._lanes[0].stream):
+            return torch.tensor(blocks, device=self.device)
 
     def _whole(self, index: torch.Tensor, skip: int) -> list[Piece]:
         """All of it in one batch."""
