@@ -62,7 +62,7 @@ class Heard:
 
     def core(self) -> Core:
         """A core that says it here."""
-        return Core(self._step, self._death, self._refusal, lambda: 0)
+        return Core(self._step, self._death, self._refusal, lambda: 0, lambda: 0.002)
 
     def _step(self, step: Any) -> None:
         for output in step.outputs:
