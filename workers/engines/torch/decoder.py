@@ -182,7 +182,7 @@ class FusedLayer:
         )
         hidden = self._output.added_to(hidden, attended.reshape(total, -1))
         gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
-        return self._down.added_to(hidden, silu(gate) * up)
+        return self._down.added_to(hidden, silu(gate, inplace=True).mul_(up))
 
 
 def signed(sin: torch.Tensor) -> torch.Tensor:
