@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.errors import Unservable
 from workers.engines.paged.runner import Row
+from workers.engines.torch import tiles
 from workers.engines.torch.cache import KVCache
 from workers.engines.torch.dense import DenseGroup, DenseMemory
 
@@ -48,8 +49,9 @@ class Chunk:
     first: int
     last: int
     pieces: torch.Tensor | None  # as above, of all blocks up to the chunk's end; None where nothing precedes the chunk
-    mask: torch.Tensor | None  # [tokens, length]
+    mask: torch.Tensor | None  # [tokens, length]; None where nothing precedes the chunk, or in tiles
     length: int
+    is_tiled: bool
 
 
 class PagedStep:
@@ -109,6 +111,9 @@ class PagedStep:
             keys, values = new[:, None, :, chunk.first : chunk.last]
         else:
             keys, values = self._gather(chunk.pieces[layer], 1)[:, :, :, : chunk.length]
+        if chunk.is_tiled:
+            own = query[0, :, chunk.first : chunk.last]
+            return tiles.attend(own, keys[0], values[0], scaling or query.shape[-1] ** -0.5)
         attended = scaled_dot_product_attention(
             query[:, :, chunk.first : chunk.last],
             keys,
@@ -168,12 +173,13 @@ class PagedStep:
 
     def _chunk(self, row: Row, last: int) -> Chunk:
         count = len(row.token_ids)
-        if row.start == 0:
-            return Chunk(last - count, last, None, None, count)
         length = row.start + count
+        is_tiled = tiles.can_tile(self._cache, count, length)
+        if row.start == 0:
+            return Chunk(last - count, last, None, None, length, is_tiled)
         table = np.frombuffer(row.table, dtype=np.int64)[: -(-length // self._size)]
-        mask = self._tensor(np.arange(length) <= np.arange(row.start, length)[:, None])
-        return Chunk(last - count, last, self._pieces(table[None]), mask, length)
+        mask = None if is_tiled else self._tensor(np.arange(length) <= np.arange(row.start, length)[:, None])
+        return Chunk(last - count, last, self._pieces(table[None]), mask, length, is_tiled)
 
     def _pieces(self, tables: Ids) -> torch.Tensor:
         """Tables [rows, blocks] -> [layers, 2 * rows * kv_heads * blocks] rows of `KVCache.pieces`."""

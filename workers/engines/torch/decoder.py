@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import embedding, silu
 
+from workers.engines.torch import onednn
 from workers.engines.torch.attention import STEP_ARGUMENT, PagedStep
 
 PACKED_ROWS = 3  # from here on the packed weights are faster
@@ -65,13 +66,12 @@ class Product:
         together = torch.cat([linear.weight for linear in linears])
         biases = [linear.bias for linear in linears]
         self._bias = None if biases[0] is None else torch.cat(biases)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(together) if packed else None
+        self._packed = onednn.packed(together) if packed else None
         self._weight = together.t().contiguous()
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         if self._packed is not None and rows.shape[0] >= PACKED_ROWS:
-            product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
-            return product
+            return onednn.product(rows, self._packed, self._bias)
         if self._bias is None:
             return torch.mm(rows, self._weight)
         return torch.addmm(self._bias, rows, self._weight)
@@ -87,13 +87,7 @@ class Product:
 def can_pack(model: Any) -> bool:
     """Whether a second, packed copy of the weights is worth its memory and this PyTorch can make it."""
     nbytes = sum(weight.nbytes for weight in model.parameters())
-    return (
-        model.device.type == "cpu"
-        and model.dtype == torch.float32
-        and nbytes <= PACKED_NBYTES
-        and bool(torch.backends.mkldnn.enabled)
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    return nbytes <= PACKED_NBYTES and onednn.is_usable(model.device, model.dtype)
 
 
 @dataclass(slots=True)
@@ -182,7 +176,7 @@ class FusedLayer:
         )
         hidden = self._output.added_to(hidden, attended.reshape(total, -1))
         gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
-        return self._down.added_to(hidden, silu(gate) * up)
+        return self._down.added_to(hidden, silu(gate, inplace=True).mul_(up))
 
 
 def signed(sin: torch.Tensor) -> torch.Tensor:

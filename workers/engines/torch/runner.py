@@ -18,6 +18,7 @@ from workers.engines.torch.attention import ATTENTION_NAME, PagedStep
 from workers.engines.torch.cache import KVCache
 from workers.engines.torch.decoder import decoder_of
 from workers.engines.torch.dense import DenseMemory, can_copy
+from workers.engines.torch.heap import keep_freed_memory
 from workers.engines.torch.model import fingerprint, geometry_of, load_model, model_length
 from workers.engines.torch.sampling import choose
 from workers.transfer import Memory
@@ -83,6 +84,8 @@ class TorchRunner:
         with torch.inference_mode():
             self._decoder = decoder_of(self._model, length)
         self._compare(eager)
+        if self._model.device.type == "cpu":
+            keep_freed_memory()
         return RunnerInfo(
             name="torch",
             model=name,
