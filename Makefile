@@ -1,7 +1,7 @@
 # Two commands are enough: `make up` and `make test`. The rest is listed by `make help`.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help up test test-faults test-vllm test-all chaos check lint types imports bench lock clean
+.PHONY: help up test test-faults test-vllm test-vllm-again test-all chaos check lint types imports bench lock clean
 MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -14,7 +14,7 @@ ENGINE ?= mock
 CLIENTS ?= 12
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: $(INSTALLED) ## install what is missing, start everything, stream a sample answer, serve until Ctrl-C
 	@$(BIN)/baton up
@@ -27,6 +27,9 @@ test-faults: $(INSTALLED) ## kill, freeze, fail over, lose data, a short chaos r
 
 test-vllm: $(INSTALLED_VLLM) ## vLLM for CPUs as an engine, and NIXL, in .venv-vllm (3.6 GB, minutes to install): what CI runs last
 	@.venv-vllm/bin/python -m pytest -m "(vllm or nixl) and not slow"
+
+test-vllm-again: $(INSTALLED_VLLM) ## what failed of them, once more: several starts of vLLM on two busy processors can miss a limit
+	@.venv-vllm/bin/python -m pytest -m "vllm and not slow" --last-failed --last-failed-no-failures none
 
 test-all: $(INSTALLED) check ## the same with the slow tests
 	@$(BIN)/python -m pytest -m "not gpu and not vllm"

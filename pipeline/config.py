@@ -211,7 +211,7 @@ class TransferSettings(Section, frozen=True, kw_only=True):
 
     kind: Literal["auto", "cuda_ipc", "shm", "nixl", "tcp"] = "auto"
     arena_bytes: Count = 268_435_456  # shared memory of one prefill worker
-    cuda_arena_bytes: Annotated[int, Meta(ge=0)] = 0  # memory of its GPU for the same; 0: a twentieth
+    cuda_arena_bytes: Annotated[int, Meta(ge=0)] = 0  # memory of its GPU for the same; 0: as arena_bytes
     slab_bytes: Count = 65_536
     dir: str = "/dev/shm"
     verify: bool = False  # content digest in each handle

@@ -32,7 +32,9 @@ async def test_what_waits_in_the_engine_begins_in_the_order_of_its_lanes(tmp_pat
         on("high", "h2"),
     ]
     async with child("alone", tmp_path, max_num_seqs=1) as running:
-        joining = [asyncio.create_task(running.engine.decode(item, None, Log.empty(1))) for item in asked]
+        joining = [asyncio.create_task(running.engine.decode(asked[0], None, Log.empty(1)))]
+        await joining[0]  # it runs before the others are there
+        joining += [asyncio.create_task(running.engine.decode(item, None, Log.empty(1))) for item in asked[1:]]
         await running.until(lambda: len(running.ends) == len(asked))
         await asyncio.gather(*joining)
     assert [name for name, _ in running.ends] == ["first", "h1", "h2", "d1", "l1", "l2"]

@@ -83,9 +83,9 @@ class DeviceCopies:
         self._lock = threading.Lock()
         self._warm_up()
 
-    def gather(self, blocks: Sequence[int], out: Memory) -> None:
-        """Copy these blocks into `out`, layer after layer. Returns when it is done."""
-        with self._turn():
+    def gather(self, blocks: Sequence[int], out: Memory, after: torch.cuda.Event | None = None) -> None:
+        """Copy these blocks into `out`, layer after layer. Returns when it is done. `after`: what has to be over before they are read."""
+        with self._turn(after):
             index = self._index(blocks)
             if isinstance(out, DeviceBytes):
                 self._move(self._lanes[0].stream, index, out.address, 0, self._whole(index, 0), is_scatter=False)
@@ -104,11 +104,8 @@ class DeviceCopies:
 
         `after`: what has to be over before the blocks are written.
         """
-        with self._turn():
+        with self._turn(after):
             index = self._index(blocks)
-            if after is not None:
-                for lane in self._lanes:
-                    lane.stream.wait_event(after)
             if isinstance(data, DeviceBytes):
                 whole = self._whole(index, skip)
                 self._move(self._lanes[0].stream, index, data.address, skip, whole, is_scatter=True)
@@ -157,10 +154,12 @@ class DeviceCopies:
         self.scatter(here, [0])
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """One copy at a time; none runs any more when it is left, however that is."""
+    def _turn(self, after: torch.cuda.Event | None) -> Iterator[None]:
+        """One copy at a time, behind `after`; none runs any more when it is left, however that is."""
         with self._lock, torch.cuda.device(self.device):
             try:
+                for lane in self._lanes if after is not None else ():
+                    lane.stream.wait_event(after)  # type: ignore[arg-type]
                 yield
             finally:
                 for lane in self._lanes:

@@ -30,6 +30,7 @@ WAYS = {  # best first
     "nixl": "workers.transfers.ways.nixl.way",
     "tcp": "workers.transfers.ways.tcp.way",
 }
+ASK = "+ask"  # behind the name of a way: the bytes lie on the owner's GPU, so the owner is asked first. Workers before that pass it over
 ON_DEVICE = {"cuda_ipc"}  # those that take the bytes from the owner's GPU
 COPY_THREADS = 2
 
@@ -52,6 +53,7 @@ class BlockTransfer:
         self._store = BlockStore(settings, owner, self._copies)
         self._ways = {kind: self._create(kind) for kind in WAYS if settings.kind in (kind, AUTO)}
         self._fetched = {kind: Fetched() for kind in self._ways}
+        self._asking: TcpWay | None = None
         self._started = self._closed = False
 
     @property
@@ -63,6 +65,8 @@ class BlockTransfer:
         """Take the store's memory and what the ways need. Raises `TransferError`."""
         if device is None and self._settings.kind == AUTO:
             self._ways = {kind: way for kind, way in self._ways.items() if kind not in ON_DEVICE}
+        if self._settings.verify and ON_DEVICE.issuperset(self._ways):
+            raise TransferError(f"transfer.kind = {self._settings.kind} has no digests: set transfer.verify = false")
         if self._is_exporting:
             on_device = not ON_DEVICE.isdisjoint(self._ways) and not self._settings.verify
             await self._store.start(device, host=not ON_DEVICE.issuperset(self._ways), on_device=on_device)
@@ -149,7 +153,7 @@ class BlockTransfer:
         self._closed = True
         self._store.refuse()
         try:
-            for way in self._ways.values():
+            for way in (*self._ways.values(), *filter(None, [self._asking])):
                 await way.close()
             await self._copies.close()
         finally:
@@ -165,26 +169,32 @@ class BlockTransfer:
 
     def _offers(self, export: Export) -> list[Offer]:
         offered = ((kind, way.offer(export)) for kind, way in self._ways.items())
-        return [Offer(way=kind, params=params) for kind, params in offered if params is not None]
+        return [Offer(way=named(kind, params), params=params) for kind, params in offered if params is not None]
 
     async def _ask_to_fill(self, handle: KVHandle) -> None:
-        """See `AskToFill`. TCP is how processes that move blocks speak with each other."""
-        tcp = self._ways.get("tcp")
+        """See `AskToFill`. TCP is how processes that move blocks speak with each other, also where bytes take another way."""
         for offer in offers.read(handle, tuple(WAYS)):
-            if isinstance(tcp, TcpWay) and offer.way == "tcp":
-                return await tcp.ask_to_fill(handle, offer.params)
+            if offer.way == "tcp":
+                self._asking = self._asking or TcpWay(self._settings, self._store, self._copies, exports=False)
+                return await self._asking.ask_to_fill(handle, offer.params)
         raise Unusable("its bytes lie on the owner's GPU, which cannot be asked for them without tcp")
 
     async def _fetch_by(self, offer: Offer, handle: KVHandle, into: BlockSink) -> None:
-        way = self._ways.get(offer.way)
+        kind = offer.way.removesuffix(ASK)
+        way = self._ways.get(kind)
         if way is None:
             raise Unusable(f"not in use here (transfer.kind = {self._settings.kind})")
         start_s = perf_counter()
         await way.fetch(handle, offer.params, into)
-        so_far = self._fetched[offer.way]
-        self._fetched[offer.way] = Fetched(
+        so_far = self._fetched[kind]
+        self._fetched[kind] = Fetched(
             handles=so_far.handles + 1,
             nbytes=so_far.nbytes + handle.nbytes,
             seconds=so_far.seconds + perf_counter() - start_s,
         )
-        log.debug("handle %s fetched by %s", handle.id, offer.way)
+        log.debug("handle %s fetched by %s", handle.id, kind)
+
+
+def named(kind: str, params: dict[str, object]) -> str:
+    """The name of an offer: of one whose bytes are not there yet a worker that cannot ask for them must not know it."""
+    return kind if params.get("is_filled", True) else kind + ASK

@@ -6,6 +6,7 @@ owner are on one host, the generations are looked at there, and it holds what op
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from workers.transfers.pins import pin
 from workers.transfers.room import Room
 from workers.transfers.slabs import Run
 
-DEVICE_SHARE = 20  # the part of a GPU's memory that exports may take, where `transfer.cuda_arena_bytes` does not say
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,21 +125,21 @@ class DeviceShelf(Shelf):
     @classmethod
     def create(cls, settings: TransferSettings, owner: str, device: int) -> DeviceShelf:
         """Take the memory. Raises `TransferError`."""
-        import torch
-
         from workers import cuda
 
-        _, total = torch.cuda.mem_get_info(device)
-        nbytes = settings.cuda_arena_bytes or total // DEVICE_SHARE // settings.slab_bytes * settings.slab_bytes
+        nbytes = settings.cuda_arena_bytes or settings.arena_bytes
         ledger = Arena.create(
             Path(settings.dir), owner, arena_bytes=nbytes, slab_bytes=settings.slab_bytes, magic=LEDGER_MAGIC
         )
+        address = 0
         try:
             address = cuda.allocate(device, nbytes)
             ledger.write_note(cuda.ipc_handle(address))  # what another process opens the allocation with
             return cls(ledger, device, address)
         except cuda.CudaError as error:
             ledger.close()
+            if address:
+                cuda.free(device, address)
             raise TransferError(
                 f"transfer.cuda_arena_bytes = {settings.cuda_arena_bytes}: {nbytes} bytes of GPU {device}: {error}"
             ) from error
@@ -148,8 +149,12 @@ class DeviceShelf(Shelf):
         return DeviceBytes(self.device, self.address + placed.run.first * self._arena.slab_bytes, nbytes)
 
     def close(self) -> None:
-        """See `Shelf.close`."""
+        """See `Shelf.close`. Unlike a file's mapping the memory is gone at once: what is being read is void."""
         from workers import cuda
 
+        self._arena.raise_generation(Run(0, self._arena.num_slabs))
         super().close()
-        cuda.free(self.device, self.address)
+        try:
+            cuda.free(self.device, self.address)
+        except cuda.CudaError as error:  # the device failed before: its memory goes with the process
+            log.warning("memory of GPU %s is not given back: %s", self.device, error)

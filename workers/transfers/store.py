@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import uuid
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from workers.transfer import BlockSource
 from workers.transfers.arena import clear_orphans
 from workers.transfers.copies import CopyThreads
 from workers.transfers.shelves import DeviceShelf, HostShelf, Placed, Shelf
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,7 +104,8 @@ class BlockStore:
             return
         if export.id not in self._exports:
             raise TransferError(f"handle {export.id} was released")
-        if export.id not in self._fills:
+        so_far = self._fills.get(export.id)
+        if so_far is None or (so_far.done() and (so_far.cancelled() or so_far.exception() is not None)):
             self._fills[export.id] = asyncio.ensure_future(self._fill(export))
         await asyncio.shield(self._fills[export.id])
 
@@ -177,7 +181,12 @@ class BlockStore:
         if host:
             self._host = HostShelf.create(self._settings, self._owner, device)
         if device is not None and on_device:
-            self._device = DeviceShelf.create(self._settings, self._owner, device)
+            try:
+                self._device = DeviceShelf.create(self._settings, self._owner, device)
+            except TransferError as error:
+                if not host:  # nothing else is left
+                    raise
+                log.warning("exports go through host memory: %s", error)
 
     def _shelves(self) -> list[Shelf]:
         return [shelf for shelf in (self._device, self._host) if shelf is not None]
@@ -216,7 +225,11 @@ class BlockStore:
         assert self._device is not None
         assert export.device is not None
         source, target = self._device.memory(export.device, export.nbytes), self.view(export)
-        await self._copies.run(lambda: cuda.copy_out(source.device, source.address, target))
+        try:
+            await self._copies.run(lambda: cuda.copy_out(source.device, source.address, target))
+        except (cuda.CudaError, RuntimeError) as error:
+            log.warning("handle %s cannot be put into host memory: %s", export.id, error)
+            raise TransferError(f"handle {export.id} cannot be put into host memory: {error}") from error
 
     def _taken(self, export: Export) -> dict[Shelf, Placed]:
         places = ((self._device, export.device), (self._host, export.host))

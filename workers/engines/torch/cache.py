@@ -58,10 +58,15 @@ class KVCache:
         """Set blocks to zero."""
         self.blocks[list(blocks)] = 0
 
+    def _now(self) -> torch.cuda.Event:
+        """This moment of the device's own stream, on which steps, `copy` and `clear` run: what they write or read comes before a copy."""
+        event: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()
+        return event
+
     def gather(self, blocks: Sequence[int], out: Memory) -> None:
         """Write these blocks, in order, into `out`."""
         if self._copies is not None:
-            self._copies.gather(blocks, out)
+            self._copies.gather(blocks, out, self._now())
             return
         target, memory = np.frombuffer(host(out), dtype=np.uint8).reshape(len(blocks), -1), self._bytes.numpy()
         for place, block in zip(target, blocks, strict=True):
@@ -70,7 +75,7 @@ class KVCache:
     def scatter(self, data: Memory, blocks: Sequence[int]) -> None:
         """Fill these blocks, in order, from `data`, which may be read-only."""
         if self._copies is not None:
-            self._copies.scatter(data, blocks)
+            self._copies.scatter(data, blocks, after=self._now())
             return
         source, memory = np.frombuffer(host(data), dtype=np.uint8).reshape(len(blocks), -1), self._bytes.numpy()
         for piece, block in zip(source, blocks, strict=True):

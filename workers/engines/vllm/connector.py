@@ -69,7 +69,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
             return 0, False
         missing = fetch.num_tokens - num_computed_tokens
         only_tail = fetch.num_tokens % self._block_size
-        if missing <= 0 or (fetch.is_follower and missing != only_tail):
+        if missing <= 0 or (fetch.leader is not None and (missing != only_tail or not fetch.leader.tail)):
             return 0, False  # a follower finds the rest in the prefix cache, or computes it: the handle may be gone
         return missing, True
 

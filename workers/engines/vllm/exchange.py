@@ -202,6 +202,9 @@ class Exchange:
         except BatonError as error:
             assert export is not None
             fail(export.handle, error)
+        except Exception as error:  # noqa: BLE001  # whatever it is, its request waits for it
+            assert export is not None
+            fail(export.handle, EngineError(f"request {export.request_id}: its blocks cannot be exported: {error!r}"))
         finally:
             self._on_moved(Moved(sent={key}))
 
@@ -211,7 +214,7 @@ class Exchange:
             if fetch is None:
                 return
             if fetch.leader is not None:
-                place.fill_last(fetch.leader.tail)
+                await asyncio.shield(asyncio.to_thread(place.fill_last, fetch.leader.tail))
             else:
                 await self._transfer.fetch(fetch.handle, Sink(place, fetch, fetch.layout or self._layout()))
             moved = Moved(received={key})

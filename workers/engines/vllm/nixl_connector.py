@@ -54,7 +54,7 @@ class BatonNixlConnector(NixlConnector):  # type: ignore[misc]  # vLLM has no ty
             return 0, False
         missing = fetch.num_tokens - num_computed_tokens
         only_tail = fetch.num_tokens % self._block_size
-        if missing <= 0 or (fetch.is_follower and missing != only_tail):
+        if missing <= 0 or (fetch.leader is not None and (missing != only_tail or not fetch.leader.tail)):
             return 0, False
         return missing, True
 
@@ -146,7 +146,7 @@ class BatonNixlConnector(NixlConnector):  # type: ignore[misc]  # vLLM has no ty
         for key, table in self._exchange.tables.items():
             fetch = self._exchange.fetch_of(key)
             if key not in received and fetch is not None and fetch.leader is not None:
-                self._memory.scatter(memoryview(fetch.leader.tail), table[-1:])
+                self._memory.scatter(memoryview(fetch.leader.tail), table[-1:], 0, self._memory.now())
                 copied.add(key)
         self._received = received | copied
         return self._received

@@ -107,9 +107,11 @@ class CudaIpcWay:
         start = peer.address + run.first * peer.ledger.slab_bytes
         try:
             into.scatter(DeviceBytes(device, start, handle.nbytes))
-        except cuda.CudaError as error:
+        except (cuda.CudaError, RuntimeError) as error:  # PyTorch's own
             raise Unusable(f"ledger {offer.ledger}: {error}") from error
         _check_generation(peer, offer, handle)
+        if not peer.ledger.is_owned():  # its memory may have gone while it was read
+            raise Unusable(f"ledger {offer.ledger}: its owner ended during the copy")
 
     @contextlib.contextmanager
     def _used(self, offer: CudaIpcParams) -> Iterator[Peer]:
