@@ -211,6 +211,7 @@ class ChildEngine:
                 if future_ is not None and not future_.done():
                     future_.set_exception(_error(message))
             case m.Started():
+                self._stats = message.stats
                 if self._started is not None and not self._started.done():
                     self._started.set_result(message.info)
 
@@ -285,7 +286,7 @@ class _Host:
             m.send(self._writer, _failed(0, error))
             await self._writer.drain()
             return 1
-        m.send(self._writer, m.Started(engine.info))
+        m.send(self._writer, m.Started(engine.info, engine.stats()))
         pumps = [asyncio.create_task(self._pump_steps(engine)), asyncio.create_task(self._pump_stats(engine))]
         self._keep(asyncio.create_task(self._pump_kv_events(engine)))
         commands = asyncio.create_task(self._take_commands(engine))

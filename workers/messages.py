@@ -62,9 +62,10 @@ ToChild = Start | Prefill | Decode | Cancel | Release | Close
 
 
 class Started(msgspec.Struct, tag="started", frozen=True):
-    """The engine is up."""
+    """The engine is up. `stats`: what the worker says of itself from its first word on, such as its room for handles."""
 
     info: EngineInfo
+    stats: EngineStats
 
 
 class PrefillAnswer(msgspec.Struct, tag="prefilled", frozen=True):
