@@ -6,7 +6,8 @@ for as long as the same answers run together. The blocks stay the truth: they ge
 from them whenever a sequence joins or leaves its group. Copies take at most as much memory as the blocks themselves.
 
 A product with keys that lie position by position is slow where they are in no cache; with the positions of each dimension side by
-side it takes two thirds of the time. Turning the keys costs what about ten steps save, so a group of several answers does it once it has lasted.
+side it takes two thirds of the time. Turning the keys costs what about ten steps save, so a group of several answers does it once it
+has lasted.
 """
 
 from __future__ import annotations
