@@ -66,7 +66,7 @@ class PagedStep:
         counts = [len(row.token_ids) for row in ragged]
         ends = np.cumsum(counts)
         self.input_ids = self._tensor([token for row in ragged for token in row.token_ids])[None]
-        positions = np.concatenate([np.arange(row.start, row.start + len(row.token_ids)) for row in ragged])
+        positions = np.array([place for row in ragged for place in range(row.start, row.start + len(row.token_ids))])
         self.position_ids = self._tensor(positions)[None]
         self._slots = self._write_slots(ragged, positions)
         decoding = sum(count == 1 for count in counts)

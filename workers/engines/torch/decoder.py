@@ -132,8 +132,9 @@ class FusedDecoder:
         hidden = embedding(step.input_ids[0], self._embedding)
         cos, sin = self._cos[step.position_ids[0]], self._sin[step.position_ids[0]]
         for index, layer in enumerate(self._layers):
-            hidden = layer.forward(hidden, cos, sin, index, step, self._scaling, self._head_dim)
-        logits: torch.Tensor = self._head(self._norm(hidden[step.sampling]))
+            kept = step.sampling if index == len(self._layers) - 1 else None
+            hidden = layer.forward(hidden, cos, sin, index, step, self._scaling, self._head_dim, kept)
+        logits: torch.Tensor = self._head(self._norm(hidden))
         return logits
 
 
@@ -161,8 +162,9 @@ class FusedLayer:
         step: PagedStep,
         scaling: float,
         head_dim: int,
+        kept: torch.Tensor | None,
     ) -> torch.Tensor:
-        """[total, hidden] -> [total, hidden]."""
+        """[total, hidden] -> [total, hidden], or of the rows `kept` alone: behind the last attention no other is used."""
         total = hidden.shape[0]
         heads = self._qkv(self._attention_norm(hidden)).view(total, -1, head_dim)
         kv_heads = heads.shape[1] // (self._groups + 2)
@@ -174,7 +176,10 @@ class FusedLayer:
         attended = step.attend(
             index, rotated[:, :-kv_heads], rotated[:, -kv_heads:], values.transpose(0, 1)[None], scaling
         )
-        hidden = self._output.added_to(hidden, attended.reshape(total, -1))
+        attended = attended.reshape(total, -1)
+        if kept is not None:
+            hidden, attended = hidden[kept], attended[kept]
+        hidden = self._output.added_to(hidden, attended)
         gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
         return self._down.added_to(hidden, silu(gate, inplace=True).mul_(up))
 

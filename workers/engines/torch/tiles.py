@@ -25,17 +25,18 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scalin
     heads, tokens, dim = query.shape
     kv_heads, length, _ = keys.shape
     before = length - tokens
-    queries = (query * scaling).view(kv_heads, -1, tokens, dim)
-    attended = query.new_empty(tokens, kv_heads, heads // kv_heads, dim)
-    hidden = query.new_full((TILE, TILE), -torch.inf).triu_(1)
+    queries = query.transpose(0, 1).view(tokens, kv_heads, -1, dim)
+    attended = query.new_empty(queries.shape)
+    hidden = query.new_full((TILE, TILE), -torch.inf).triu_(1)[:, None]
     start = before
     while start < length:
         end = min(start - start % TILE + TILE, length)  # at whole tiles: oneDNN compiles once for each shape
         own, count = slice(start - before, end - before), end - start
         for head in range(kv_heads):
-            scores = onednn.product(queries[head, :, own].reshape(-1, dim), keys[head, :end])
-            scores.view(-1, count, end)[:, :, start:] += hidden[:count, :count]
+            rows = queries[own, head] * scaling
+            scores = onednn.product(rows.reshape(-1, dim), keys[head, :end])
+            scores.view(count, -1, end)[..., start:] += hidden[:count, :, :count]
             summed = onednn.product(scores.softmax(dim=-1), values[head, :end].t())
-            attended[own, head] = summed.view(-1, count, dim).transpose(0, 1)
+            attended[own, head] = summed.view(rows.shape)
         start = end
     return attended.view(tokens, heads, dim)
