@@ -21,13 +21,12 @@ from sse_starlette.sse import SendTimeoutError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from api.collected import Collected
 from api.edge import REQUEST_ID
 from api.errors import error_of_end
 from api.event_stream import EventStream
 from api.feed import Choices, Feed
-from api.logprobs import Logprobs
 from api.service import ServedPool, Service
-from api.sse import DONE, FINISH_WORDS, answer_head, choice_body, error_events, usage_fields
 from api.transcript import Transcript
 from pipeline.errors import BatonError, RequestFailed
 from pipeline.protocol import Request
@@ -191,19 +190,19 @@ class StreamedAnswer(Answer):
             end = self._end(feed.stream, transcript)
         except BatonError as error:
             self._why = error.code
-            end = error_events(error)
+            end = transcript.error(error)
         except Exception:  # the edge: the headers are out, so the only honest end is an error event
             log.exception("an answer could not be written", request_id=feed.stream.id)
-            end = error_events(RequestFailed("internal error; the server's log has the reason"))
+            end = transcript.error(RequestFailed("internal error; the server's log has the reason"))
         yield opening + end
 
     def _end(self, stream: RequestStream, transcript: Transcript) -> bytes:
         failure = self._failure(stream, transcript.choices)
         if failure is not None:
             self._why = failure.code
-            return error_events(failure)
+            return transcript.error(failure)
         assert stream.ended is not None
-        return transcript.usage(stream.ended.usage) + DONE
+        return transcript.end(stream.ended)
 
 
 class WholeAnswer(Answer):
@@ -221,28 +220,16 @@ class WholeAnswer(Answer):
 
     async def _collect(self, feed: Feed) -> bytes:
         request = asked(feed.stream)
-        choices = Choices(self._pool.preprocessor.tokenizer, request, by_token=False)
-        logprobs = Logprobs(self._pool.preprocessor.tokenizer, request)
-        texts: list[list[str]] = [[] for _ in choices.reasons]
-        tokens: list[list[int]] = [[] for _ in choices.reasons]
+        collected = Collected(self._pool.preprocessor.tokenizer, request)
         while (chunks := await feed.next()) is not None:
             self._note_first(feed.stream)
-            for chunk in chunks:
-                logprobs.push(chunk)
-            for choice, text, token_ids, _ in choices.push(chunks):
-                texts[choice].append(text)
-                tokens[choice] += token_ids
-        failure = self._failure(feed.stream, choices)
+            collected.push(chunks)
+        failure = self._failure(feed.stream, collected.choices)
         if failure is not None:
             raise failure
         assert feed.stream.ended is not None
-        said = [
-            choice_body(request, index, "".join(parts), tokens[index], FINISH_WORDS[reason], logprobs.take(index))
-            for index, (parts, reason) in enumerate(zip(texts, choices.reasons, strict=True))
-            if reason is not None
-        ]
-        usage = usage_fields(feed.stream.ended.usage)
-        return msgspec.json.encode({**answer_head(request, request.kind), "choices": said, "usage": usage})
+        body = self._service.shapes[request.kind].whole(request, collected.all(), feed.stream.ended)
+        return msgspec.json.encode(body)
 
 
 def asked(stream: RequestStream) -> Request:

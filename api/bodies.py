@@ -12,37 +12,22 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
-from api.constraints import Choices, Pattern, ResponseFormat, Schema, StructuredOutputs, guided_decoding
+from api.constraints import Choices, Pattern, ResponseFormat, Schema, StructuredOutputs
+from api.messages import AllowedTools, ChatMessage, NamedTool, Tool, check_messages, check_tools
 from pipeline.errors import InvalidRequest
-from pipeline.features import GUIDED_DECODING, LOGPROBS, refuse_unserved
 from pipeline.logprobs import MOST
-from pipeline.preprocess import Wanted
-from pipeline.protocol import GuidedDecoding, OutputOptions, SamplingOptions, StopConditions
 
 Likeliest = Annotated[int, Meta(ge=0, le=MOST)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 
 class StreamOptions(msgspec.Struct):
-    """`stream_options`"""
+    """`stream_options`; `continuous_usage_stats` as vLLM has it."""
 
     include_usage: bool | None = None
-
-
-class TextPart(msgspec.Struct, tag="text", tag_field="type"):
-    """A part of a message's content."""
-
-    text: str
-
-
-class ChatMessage(msgspec.Struct):
-    """One message; tool calls come with the tools."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-    tool_calls: Any = None
+    continuous_usage_stats: bool | None = None
 
 
 class Common(msgspec.Struct, kw_only=True):
@@ -58,11 +43,18 @@ class Common(msgspec.Struct, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Meta(max_length=1024)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
@@ -74,14 +66,8 @@ class Common(msgspec.Struct, kw_only=True):
     guided_choice: Choices | None = None
     guided_grammar: Pattern | None = None
 
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    repetition_penalty: Any = None
-    logit_bias: Any = None
-    min_p: Any = None
     prompt_logprobs: Any = None
     use_beam_search: Any = None
-    echo: Any = None
 
 
 class ChatBody(Common, kw_only=True):
@@ -89,62 +75,49 @@ class ChatBody(Common, kw_only=True):
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: Count | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Annotated[str, Meta(pattern="^[a-z]{1,16}$")] | None = None
+    include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Likeliest | None = None
 
-    tools: Any = None
-    tool_choice: Any = None
+    echo: Any = None
     functions: Any = None
     function_call: Any = None
     audio: Any = None
     modalities: Any = None
     prediction: Any = None
     web_search_options: Any = None
-    continue_final_message: Any = None
-    add_generation_prompt: Any = None
 
 
 class CompletionBody(Common, kw_only=True):
-    """The body of /v1/completions. `prompt`: a text, token ids, or a list of one of these."""
+    """The body of /v1/completions. `prompt`: a text, token ids, or a list of these."""
 
     prompt: str | list[str | int | list[int]]
-    best_of: Annotated[int, Meta(ge=1)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+    echo: bool | None = None
     logprobs: Likeliest | bool | None = None  # false is taken for null
     suffix: Any = None
 
 
 # What asks for nothing beyond what is done anyway.
 _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
     "prompt_logprobs": (),
     "use_beam_search": (False,),
-    "echo": (False,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
     "web_search_options": (),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
     "suffix": ("",),
 }
-
-_CONSTRAINING = (
-    "response_format",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-)
 
 _SAME_ANSWER = frozenset(["stream", "priority", "service_tier"])
 
@@ -155,39 +128,41 @@ _completion_decoder = msgspec.json.Decoder(CompletionBody)
 
 def chat_body(raw: bytes) -> ChatBody:
     """Decode and check a chat request. Raises InvalidRequest with the path of the first thing that is wrong."""
-    body: ChatBody = _decode(_chat_decoder, raw)
+    body: ChatBody = decode(_chat_decoder, raw)
     _check_common(body)
     if body.return_token_ids:
-        raise _unsupported("return_token_ids")
-    for position, message in enumerate(body.messages):
-        if message.tool_calls:
-            raise _unsupported(f"messages[{position}].tool_calls")
+        raise unsupported("return_token_ids")
+    if body.echo:
+        raise unsupported("echo")
+    check_messages(body.messages)
+    check_tools(body.tools or [], body.tool_choice)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+    if body.continue_final_message and (body.add_generation_prompt or body.messages[-1].role != "assistant"):
+        raise InvalidRequest(
+            "continue_final_message goes on with a last message of the assistant, without add_generation_prompt",
+            param="continue_final_message",
+        )
     return body
 
 
 def completion_body(raw: bytes) -> CompletionBody:
     """Decode and check a completion request. Raises InvalidRequest with the path of the first thing that is wrong."""
-    body: CompletionBody = _decode(_completion_decoder, raw)
+    body: CompletionBody = decode(_completion_decoder, raw)
     _check_common(body)
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise InvalidRequest("best_of other than n is not supported", param="best_of", code="unsupported_parameter")
+    if body.best_of is not None and body.best_of < (body.n or 1):
+        raise InvalidRequest(f"best_of is less than n = {body.n}", param="best_of")
+    if body.best_of is not None and body.best_of > (body.n or 1) and body.stream:
+        raise InvalidRequest("best_of more than n cannot be streamed: the best are known in the end", param="best_of")
     if body.logprobs is True:
         raise InvalidRequest("logprobs: expected `int`, got `bool`", param="logprobs")
+    if body.echo and body.logprobs is not None and body.logprobs is not False:
+        raise InvalidRequest(
+            "echo with logprobs is not supported: log probabilities of the prompt are not computed",
+            param="logprobs",
+            code="unsupported_parameter",
+        )
     return body
-
-
-def template_messages(body: ChatBody) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: content as one text, a developer's word as the system's."""
-    return [
-        {
-            "role": "system" if message.role == "developer" else message.role,
-            "content": _content_text(message.content),
-            **({"name": message.name} if message.name is not None else {}),
-        }
-        for message in body.messages
-    ]
 
 
 def single_prompt(body: CompletionBody) -> str | list[int]:
@@ -205,63 +180,10 @@ def single_prompt(body: CompletionBody) -> str | list[int]:
     return only if isinstance(only, (str, list)) else [only]
 
 
-def wanted(body: ChatBody | CompletionBody) -> Wanted:
-    """What the client wants beside the prompt, in the pipeline's words."""
-    longest, constraint = body.max_tokens, _constraint(body)
-    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
-        longest = body.max_completion_tokens
-    return Wanted(
-        stop=StopConditions(
-            max_tokens=longest,
-            stop=([body.stop] if isinstance(body.stop, str) else body.stop) or None,
-            stop_token_ids=body.stop_token_ids or None,
-            min_tokens=body.min_tokens or None,
-            ignore_eos=bool(body.ignore_eos),
-        ),
-        sampling=SamplingOptions(
-            n=body.n or 1,
-            temperature=_given(body.temperature, 1.0),
-            top_p=_given(body.top_p, 1.0),
-            top_k=max(0, body.top_k or 0),
-            seed=body.seed,
-            include_stop_str_in_output=bool(body.include_stop_str_in_output),
-            guided_decoding=constraint[1] if constraint is not None else None,
-        ),
-        output=OutputOptions(logprobs=_logprobs(body), skip_special_tokens=body.skip_special_tokens is not False),
-    )
-
-
-def check_served(body: ChatBody | CompletionBody, engine: str) -> None:
-    """Raise InvalidRequest naming what the body asks for and the engine of its model does not serve."""
-    if (constraint := _constraint(body)) is not None:
-        refuse_unserved(engine, GUIDED_DECODING, constraint[0])
-    if _logprobs(body) is not None:
-        refuse_unserved(engine, LOGPROBS, "logprobs")
-
-
-def _logprobs(body: ChatBody | CompletionBody) -> int | None:
-    """How many of the likeliest tokens are told with each; None: no log probabilities at all."""
-    if isinstance(body, ChatBody):
-        return (body.top_logprobs or 0) if body.logprobs else None
-    return None if body.logprobs is None or body.logprobs is False else body.logprobs
-
-
-def _constraint(body: ChatBody | CompletionBody) -> tuple[str, GuidedDecoding] | None:
-    return guided_decoding({name: getattr(body, name) for name in _CONSTRAINING})
-
-
 def digest(body: ChatBody | CompletionBody) -> str:
     """Equal for bodies that ask for the same answer: the order of fields, `null`, and what changes only the way there do not count."""
     asked = {name: getattr(body, name) for name in body.__struct_fields__ if name not in _SAME_ANSWER}
     return xxhash.xxh3_128_hexdigest(_canonical({name: value for name, value in asked.items() if value is not None}))
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
-
-
-def _content_text(content: str | list[TextPart]) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
 def _check_common(body: ChatBody | CompletionBody) -> None:
@@ -270,16 +192,16 @@ def _check_common(body: ChatBody | CompletionBody) -> None:
         if value is not None and not any(
             value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless
         ):
-            raise _unsupported(name)
+            raise unsupported(name)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
 
 
-def _unsupported(param: str) -> InvalidRequest:
+def unsupported(param: str) -> InvalidRequest:
     return InvalidRequest(f"{param} is not supported", param=param, code="unsupported_parameter")
 
 
-def _decode(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
+def decode(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:

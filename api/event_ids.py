@@ -17,7 +17,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from api.sse import FINISH_WORDS, is_chat
+from api.said import FINISH_WORDS
+from api.shapes.openai import is_chat
 from pipeline.errors import InvalidRequest
 from pipeline.protocol import Log, Request
 

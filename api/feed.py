@@ -1,20 +1,31 @@
-"""What an answer is made of: the items of a request's stream, interruptible, and the texts of its choices."""
+"""What an answer is made of: the items of a request's stream, interruptible, and what its choices say."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import NamedTuple
 
-from api.sse import FINISH_WORDS, tells_tokens
+from api.said import FINISH_WORDS, finish_word, is_parsed
+from pipeline.answer_form import form_of
 from pipeline.backend import Backend
 from pipeline.errors import Draining
+from pipeline.parsers.choose import parsers_of
+from pipeline.parsing import Part, PartKind
 from pipeline.protocol import FinishReason, Request
 from pipeline.stream import RequestStream, TokenChunk
 from pipeline.tokenizer import NoTokenizer, Tokenizer
 
-Piece = tuple[
-    int, str, Sequence[int], FinishReason | None
-]  # choice, text (may be empty), tokens where they are told, why the choice is over
+
+class Piece(NamedTuple):
+    """What a token, or some, make certain. `text` (it may be empty) is content unless the answer is parsed: then it is in `parts`.
+    `token_ids`: where they are told. `reason`: why the choice is over."""
+
+    choice: int
+    text: str
+    token_ids: Sequence[int]
+    reason: FinishReason | None
+    parts: list[Part] | None = None
 
 
 class Feed:
@@ -67,26 +78,43 @@ def _interrupted() -> Draining:
 
 
 class Choices:
-    """The text of all choices of a request, and their tokens where it wants them told; `by_token`: each token is a piece of its own,
+    """What all choices of a request say, and their tokens where it wants them told; `by_token`: each token is a piece of its own,
     however many came together."""
 
     def __init__(self, tokenizer: Tokenizer | NoTokenizer, request: Request, *, by_token: bool) -> None:
-        self._backends = [Backend(tokenizer, request.input) for _ in range(request.input.sampling_options.n)]
+        form, n = form_of(request), request.input.sampling_options.n
+        self._backends = [Backend(tokenizer, request.input) for _ in range(n)]
+        self._parsers = parsers_of(tokenizer, form, request.input.token_ids, n) if is_parsed(request) else None
+        self._echo = echo_of(tokenizer, request) if form.echoes else ""
+        self._has_echoed = [not self._echo] * n
         self._by_token = by_token
-        self._tells_tokens = tells_tokens(request)
-        self.reasons: list[FinishReason | None] = [None] * len(self._backends)
+        self._tells_tokens = form.return_token_ids
+        self._has_calls = [False] * n
+        self._is_told = [False] * n  # all that was said, by somebody else
+        self.reasons: list[FinishReason | None] = [None] * n
+        self.num_tokens = 0  # of all choices, so far
 
     @property
     def are_complete(self) -> bool:
         """Whether every choice has come to its end."""
         return None not in self.reasons
 
-    def skip(self, choice: int, token_ids: Sequence[int]) -> None:
-        """The first tokens of a choice, whose text somebody else has given out."""
-        self._backends[choice].push(token_ids)
+    def finish_word(self, choice: int) -> str | None:
+        """OpenAI's word for the end of a choice; None while it goes on."""
+        reason = self.reasons[choice]
+        return None if reason is None else finish_word(reason, has_calls=self._has_calls[choice])
+
+    def skip(self, choice: int, token_ids: Sequence[int], *, is_all: bool = False) -> None:
+        """The first tokens of a choice, or all of them: somebody else has given out what they say."""
+        text = self._backends[choice].push(token_ids)
+        delta = text.delta + (self._backends[choice].finish() if is_all and not text.stopped else "")
+        self.num_tokens += text.accepted
+        self._has_echoed[choice] = True
+        self._parse(choice, delta, is_last=is_all)
+        self._is_told[choice] = is_all
 
     def push(self, chunks: Sequence[TokenChunk]) -> list[Piece]:
-        """The pieces of text that these tokens make certain; where tokens are told, all of them, with or without text."""
+        """The pieces that these tokens make certain; where tokens are told, all of them, with or without text."""
         pieces: list[Piece] = []
         for chunk in chunks:
             token_ids = chunk.token_ids
@@ -101,18 +129,34 @@ class Choices:
         if self.reasons[choice] is not None:
             return
         text = self._backends[choice].push(token_ids, reason)
+        self.num_tokens += text.accepted
         told = token_ids[: text.accepted] if self._tells_tokens else ()
         if text.stopped:  # the log ends here too: the decode worker found the same stop string
             reason = FinishReason.STOP
-        if reason is not None:
-            pieces.append(self._finish(choice, text.delta, told, reason, is_cut=text.stopped))
-        elif text.delta or told:
-            pieces.append((choice, text.delta, told, None))
-
-    def _finish(self, choice: int, delta: str, told: Sequence[int], reason: FinishReason, *, is_cut: bool) -> Piece:
-        if not is_cut:
+        delta = text.delta
+        if not self._has_echoed[choice]:
+            delta, self._has_echoed[choice] = self._echo + delta, True
+        if reason is not None and not text.stopped:
             delta += self._backends[choice].finish()
-        if reason not in FINISH_WORDS:  # cancelled or failed: the end of the request tells
-            return (choice, delta, told, None)
-        self.reasons[choice] = reason
-        return (choice, delta, told, reason)
+        if reason in FINISH_WORDS:  # else it was cancelled or failed: the end of the request tells
+            self.reasons[choice] = reason
+        parts = self._parse(choice, delta, is_last=reason is not None)
+        if parts is not None:
+            delta = ""
+        if delta or told or parts or self.reasons[choice] is not None:
+            pieces.append(Piece(choice, delta, told, self.reasons[choice], parts))
+
+    def _parse(self, choice: int, delta: str, *, is_last: bool) -> list[Part] | None:
+        if self._parsers is None or self._is_told[choice]:
+            return None
+        parser = self._parsers[choice]
+        parts = parser.push(delta)
+        if is_last:
+            parts += parser.finish()
+        self._has_calls[choice] |= any(part.kind is PartKind.CALL for part in parts)
+        return parts
+
+
+def echo_of(tokenizer: Tokenizer | NoTokenizer, request: Request) -> str:
+    """The prompt's text, as its tokens say it."""
+    return "" if isinstance(tokenizer, NoTokenizer) else tokenizer.decode(request.input.token_ids)

@@ -15,20 +15,17 @@ from starlette.responses import Response
 
 from api.access import caller_of
 from api.answers import Answer, StreamedAnswer, WholeAnswer
+from api.asks import check_served, conversation, form, wanted
 from api.bodies import (
     ChatBody,
     CompletionBody,
     chat_body,
-    check_served,
     completion_body,
     digest,
     single_prompt,
-    template_messages,
-    wanted,
 )
 from api.headers import treatment
 from api.service import ServedPool, Service
-from api.sse import RETURN_TOKEN_IDS, SERVICE_TIER
 from api.transcript import NumberedTranscript, Transcript
 from pipeline.errors import InvalidRequest
 from pipeline.ids import new_request_id
@@ -51,9 +48,7 @@ def generation_routes(service: Service) -> APIRouter:
         check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
-            return pool.preprocessor.chat(
-                request_id, template_messages(body), wanted(body), template_variables=body.chat_template_kwargs
-            )
+            return pool.preprocessor.chat(request_id, conversation(body), wanted(body), form(body, told_tier(body)))
 
         return await _answer(service, pool, http, body, "chat.completion", prepare, len(raw))
 
@@ -66,8 +61,9 @@ def generation_routes(service: Service) -> APIRouter:
         check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
-            ready = pool.preprocessor.completion(request_id, single_prompt(body), wanted(body))
-            return annotated(ready, RETURN_TOKEN_IDS) if body.return_token_ids else ready
+            return pool.preprocessor.completion(
+                request_id, single_prompt(body), wanted(body), form(body, told_tier(body))
+            )
 
         return await _answer(service, pool, http, body, "text_completion", prepare, len(raw))
 
@@ -89,8 +85,6 @@ async def _answer(
     if body.model != pool.name:
         ready = under_lora(ready, body.model)
     lane = lane_of(body.priority, body.service_tier)
-    if body.service_tier is not None:
-        ready = annotated(ready, f"{SERVICE_TIER}{TIER_OF_LANE[lane]}")
     options = body.stream_options
     request = Request(
         id=request_id,
@@ -108,13 +102,14 @@ async def _answer(
     )  # fmt: skip
     if not body.stream:
         return WholeAnswer(service, pool, opening)
+    tokenizer, shape = pool.preprocessor.tokenizer, service.openai
     transcript = NumberedTranscript.from_start if treat.resumable else Transcript
-    return StreamedAnswer(service, pool, opening, functools.partial(transcript, pool.preprocessor.tokenizer))
+    return StreamedAnswer(service, pool, opening, lambda asked: transcript(tokenizer, asked, shape))
 
 
-def annotated(ready: BackendInput, annotation: str) -> BackendInput:
-    """The same input with one more annotation: every replica reads them, workers do not."""
-    return replace(ready, annotations=[*ready.annotations, annotation])
+def told_tier(body: ChatBody | CompletionBody) -> str:
+    """The service tier that the answer tells; empty where none was asked for."""
+    return "" if body.service_tier is None else TIER_OF_LANE[lane_of(body.priority, body.service_tier)]
 
 
 def under_lora(ready: BackendInput, name: str) -> BackendInput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from api.sse import is_chat
+from api.shapes.openai import is_chat
 from pipeline.logprobs import TokenLogprob, record_bytes, unpack_logprobs
 from pipeline.protocol import Request
 from pipeline.stream import TokenChunk

@@ -47,7 +47,7 @@ def load_tokenizer(pool: PoolSettings) -> Tokenizer | NoTokenizer:
     """A tokenizer that is ready: what it makes on first use is made, so that no request waits for it."""
     if not pool.has_tokenizer:
         return NoTokenizer.load(pool.model)
-    tokenizer = Tokenizer.load(pool.tokenizer_source)
+    tokenizer = Tokenizer.load(pool.tokenizer_source, response_template=pool.response_template)
     tokenizer.token_bytes(skip_special_tokens=True)
     if is_served(pool.engine, LOGPROBS):  # they show special tokens, too
         tokenizer.token_bytes(skip_special_tokens=False)

@@ -13,11 +13,10 @@ from starlette.responses import Response
 
 from api.access import Found, find_request
 from api.answers import StreamedAnswer
+from api.collected import Collected
 from api.event_ids import LAST_EVENT_ID, Place, read_event_id
-from api.feed import Choices
-from api.logprobs import Logprobs
 from api.service import Service
-from api.sse import FINISH_WORDS, choice_body, usage_fields
+from api.shapes.openai import OpenAIShape, usage_fields
 from api.transcript import NumberedTranscript
 from pipeline.errors import RequestNotFound
 from pipeline.logprobs import record_bytes, records_between
@@ -51,7 +50,8 @@ def request_routes(service: Service) -> APIRouter:
         """Where a request stands, and its text so far."""
         found = await find_request(service, http, request_id)
         inline = sum(map(len, found.standing.log.tokens)) <= INLINE_TOKENS
-        return _json(_record(found) if inline else await asyncio.to_thread(_record, found))
+        make = functools.partial(_record, found, service.openai)
+        return _json(make() if inline else await asyncio.to_thread(make))
 
     @router.post("/v1/requests/{request_id}/cancel")
     async def cancel(http: HttpRequest, request_id: str) -> Response:
@@ -67,12 +67,12 @@ def request_routes(service: Service) -> APIRouter:
 
 def _stream(service: Service, found: Found, place: Place, *, waits: bool) -> StreamedAnswer:
     tokenizer, log = found.pool.preprocessor.tokenizer, found.standing.log
-    transcript = NumberedTranscript(tokenizer, found.request, place, log)
+    transcript = NumberedTranscript(tokenizer, found.request, service.openai, place, log)
     opening = functools.partial(found.pool.client.attach, found.request.id, found=found.standing, start=place.tokens)
     return StreamedAnswer(service, found.pool, opening, lambda _: transcript, waits=waits)
 
 
-def _record(found: Found) -> dict[str, Any]:
+def _record(found: Found, shape: OpenAIShape) -> dict[str, Any]:
     """A request as `/v1/requests/{id}` shows it."""
     request, standing = found.request, found.standing
     completion = standing.completion_tokens if standing.has_ended else sum(map(len, standing.log.tokens))
@@ -90,26 +90,17 @@ def _record(found: Found) -> dict[str, Any]:
         "resumable": request.resumable,
         "timeline": {name: getattr(standing.timeline, name) or None for name in Timeline.__struct_fields__},
         "usage": usage_fields(Usage(standing.prompt_tokens, completion, standing.cached_tokens)),
-        "choices": _choices(found),
+        "choices": _choices(found, shape),
     }
 
 
-def _choices(found: Found) -> list[dict[str, Any]]:
-    """Each choice with its text so far: what is certain, and all of it where the choice has ended."""
-    log, records = found.standing.log, found.standing.logprobs
-    logprobs, size = Logprobs(found.pool.preprocessor.tokenizer, found.request), record_bytes(found.request.input)
-    choices = Choices(found.pool.preprocessor.tokenizer, found.request, by_token=False)
-    texts = ["" for _ in log.tokens]
+def _choices(found: Found, shape: OpenAIShape) -> list[dict[str, Any]]:
+    """Each choice with what it says so far: what is certain, and all of it where the choice has ended."""
+    request, log, records = found.request, found.standing.log, found.standing.logprobs
+    collected, size = Collected(found.pool.preprocessor.tokenizer, request), record_bytes(request.input)
     for choice, (tokens, reason) in enumerate(zip(log.tokens, log.finished, strict=True)):
-        chunk = TokenChunk(choice, 0, tokens, reason, records_between(records[choice], 0, len(tokens), size))
-        logprobs.push(chunk)
-        for _, text, _, _ in choices.push((chunk,)):
-            texts[choice] += text
-    words = [FINISH_WORDS[reason] if reason is not None else None for reason in choices.reasons]
-    return [
-        choice_body(found.request, index, text, log.tokens[index], word, logprobs.take(index))
-        for index, (text, word) in enumerate(zip(texts, words, strict=True))
-    ]
+        collected.push([TokenChunk(choice, 0, tokens, reason, records_between(records[choice], 0, len(tokens), size))])
+    return [shape.choice(request, index, said) for index, said in enumerate(collected.all())]
 
 
 def _json(value: Any) -> Response:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from api.drain import Drain
 from api.metrics import Metrics
+from api.shape import Shape
+from api.shapes.openai import OpenAIShape
 from pipeline.client import PoolClient
 from pipeline.config import ApiSettings
 from pipeline.errors import ModelNotFound
@@ -26,7 +29,7 @@ class ServedPool:
     loras: tuple[str, ...] = ()  # adapters of its model, each a model of its own to clients
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Service:
     """Everything that outlives a request."""
 
@@ -35,6 +38,16 @@ class Service:
     drain: Drain
     metrics: Metrics
     redis: RedisWatch | None = None  # None where nobody looks
+
+    @functools.cached_property
+    def openai(self) -> OpenAIShape:
+        """How chats and completions look."""
+        return OpenAIShape(self.settings.reasoning_field)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """How each kind of request is answered."""
+        return {"chat.completion": self.openai, "text_completion": self.openai}
 
     def redis_problems(self) -> list[str]:
         """What was wrong with Redis when it was last looked at."""

@@ -5,106 +5,115 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from api.event_ids import CERTAIN, COMPLETE, FINISHED, UNOPENED, Mark, Place
-from api.feed import Choices
+from api.feed import Choices, Piece
 from api.logprobs import Logprobs
-from api.sse import Events, TokenEvents, tells_tokens
+from api.shape import Shape
+from api.shapes.openai import DONE, OpenAIShape
+from pipeline.answer_form import form_of
+from pipeline.errors import BatonError
 from pipeline.protocol import Log, Request
-from pipeline.stream import TokenChunk, Usage
+from pipeline.stream import Ended, TokenChunk
 from pipeline.tokenizer import NoTokenizer, Tokenizer
 
 
 class Transcript:
     """The events of one answer. `opening`: what comes before the first token."""
 
-    def __init__(self, tokenizer: Tokenizer | NoTokenizer, request: Request) -> None:
+    def __init__(self, tokenizer: Tokenizer | NoTokenizer, request: Request, shape: Shape) -> None:
         self.choices = Choices(tokenizer, request, by_token=True)
-        self._events = events_of(request, Place.at_start(request))
+        self._events = shape.events(request)
         self._logprobs = Logprobs(tokenizer, request)
-        self._include_usage = request.include_usage
+        self._needs_order = self._logprobs.are_asked or form_of(request).continuous_usage
         self.opening = self._events.opening
 
     def encode(self, chunks: Sequence[TokenChunk]) -> bytes:
         """The events that these tokens make certain."""
-        if self._logprobs.are_asked:
+        if self._needs_order:  # what is told beside a token is that of its own moment
             return b"".join([self._encode((one,)) for one in one_by_one(chunks)])
         return self._encode(chunks)
 
+    def end(self, ended: Ended) -> bytes:
+        """What comes behind the last choice of a complete answer."""
+        return self._events.end(ended)
+
+    def error(self, error: BatonError) -> bytes:
+        """What comes instead."""
+        return self._events.error(error)
+
     def _encode(self, chunks: Sequence[TokenChunk]) -> bytes:
-        events, logprobs = self._events, self._logprobs
+        logprobs = self._logprobs
         for chunk in chunks if logprobs.are_asked else ():
             logprobs.push(chunk)
-        parts: list[bytes] = []
-        for choice, text, token_ids, reason in self.choices.push(chunks):
-            if text or token_ids:
-                parts.append(events.piece(choice, text, token_ids, logprobs.take(choice)))
-            if reason is not None:
-                parts.append(events.finish(choice, reason, logprobs.take(choice)))
-        return b"".join(parts)
+        return b"".join([event for piece in self.choices.push(chunks) for event in self._events_of(piece)])
 
-    def usage(self, usage: Usage) -> bytes:
-        """The usage event, for those who asked for it."""
-        return self._events.usage(usage) if self._include_usage else b""
+    def _events_of(self, piece: Piece) -> Iterator[bytes]:
+        choice, count = piece.choice, self.choices.num_tokens
+        if piece.text or piece.token_ids or piece.parts:
+            yield self._events.piece(piece, self._logprobs.take(choice), count)
+        if piece.reason is not None and (word := self.choices.finish_word(choice)):
+            yield self._events.finish(choice, word, self._logprobs.take(choice), count)
 
 
 class NumberedTranscript(Transcript):
     """The same events with their ids, from `place` on. `log` holds at least the tokens that were sent by then; their text is made again and
     not given out, so that what was held back comes as it would have."""
 
-    def __init__(self, tokenizer: Tokenizer | NoTokenizer, request: Request, place: Place, log: Log) -> None:
-        super().__init__(tokenizer, request)
-        self._events = events_of(request, place)
+    def __init__(
+        self, tokenizer: Tokenizer | NoTokenizer, request: Request, shape: OpenAIShape, place: Place, log: Log
+    ) -> None:
+        super().__init__(tokenizer, request, shape)
+        begun = [mark.tokens > 0 or mark.phase == FINISHED for mark in place.marks]
+        self._events = self._openai = shape.events(request, begun)
         self._marks = [str(mark).encode() for mark in place.marks]
-        self._include_usage = request.include_usage and not place.has_usage
+        self._has_usage = place.has_usage or not request.include_usage
         self.opening = b"".join(
-            self._numbered(choice, Mark(0, CERTAIN), self._events.openings[choice])
+            self._numbered(choice, Mark(0, CERTAIN), self._openai.openings[choice])
             for choice, mark in enumerate(place.marks)
             if mark.phase == UNOPENED
         )
         for choice, mark in enumerate(place.marks):
-            if mark.phase == CERTAIN:
-                self.choices.skip(choice, log.tokens[choice][: mark.tokens])
-                self._logprobs.skip(choice, log.tokens[choice][: mark.tokens])
-            elif mark.phase == FINISHED:
-                self.choices.reasons[choice] = log.finished[choice]
+            self._skip(choice, mark, log)
 
     @classmethod
-    def from_start(cls, tokenizer: Tokenizer | NoTokenizer, request: Request) -> NumberedTranscript:
+    def from_start(cls, tokenizer: Tokenizer | NoTokenizer, request: Request, shape: OpenAIShape) -> NumberedTranscript:
         """The whole answer."""
-        return cls(tokenizer, request, Place.at_start(request), Log.empty(request.input.sampling_options.n))
+        return cls(tokenizer, request, shape, Place.at_start(request), Log.empty(request.input.sampling_options.n))
 
     def encode(self, chunks: Sequence[TokenChunk]) -> bytes:
         """The events that these tokens make certain; each knows by which token."""
-        events = self._events
         parts: list[bytes] = []
         for one in one_by_one(chunks):
             count = one.index + len(one.token_ids)
             self._logprobs.push(one)
-            for choice, text, token_ids, reason in self.choices.push((one,)):
-                if text or token_ids:
-                    is_last = reason is not None or one.finish_reason is not None
-                    phase = COMPLETE if is_last else CERTAIN
-                    event = events.piece(choice, text, token_ids, self._logprobs.take(choice))
-                    parts.append(self._numbered(choice, Mark(count, phase), event))
-                if reason is not None:
-                    event = events.finish(choice, reason, self._logprobs.take(choice))
-                    parts.append(self._numbered(choice, Mark(count, FINISHED), event))
+            for piece in self.choices.push((one,)):
+                is_last = piece.reason is not None or one.finish_reason is not None
+                phases = iter((COMPLETE if is_last else CERTAIN, FINISHED))
+                if not (piece.text or piece.token_ids or piece.parts):
+                    next(phases)
+                parts += [
+                    self._numbered(piece.choice, Mark(count, phase), event)
+                    for event, phase in zip(self._events_of(piece), phases, strict=False)
+                ]
         return b"".join(parts)
 
-    def usage(self, usage: Usage) -> bytes:
-        """The usage event, for those who asked for it and have not got it."""
-        event = super().usage(usage)
-        return b"id: " + b".".join(self._marks) + b"-u\n" + event if event else b""
+    def end(self, ended: Ended) -> bytes:
+        """The usage event, for those who asked for it and have not got it, and the end."""
+        usage = b"" if self._has_usage else b"id: " + b".".join(self._marks) + b"-u\n" + self._openai.usage(ended.usage)
+        return usage + DONE
+
+    def _skip(self, choice: int, mark: Mark, log: Log) -> None:
+        if mark.tokens == 0 and mark.phase in (UNOPENED, CERTAIN):
+            return
+        told = log.tokens[choice][: mark.tokens]
+        self.choices.skip(choice, told, is_all=mark.phase in (COMPLETE, FINISHED))
+        if mark.phase == CERTAIN:
+            self._logprobs.skip(choice, told)
+        if mark.phase == FINISHED:
+            self.choices.reasons[choice] = log.finished[choice]
 
     def _numbered(self, choice: int, mark: Mark, event: bytes) -> bytes:
         self._marks[choice] = str(mark).encode()
         return b"id: " + b".".join(self._marks) + b"\n" + event
-
-
-def events_of(request: Request, place: Place) -> Events:
-    """How the pieces of an answer become events from `place` on."""
-    if not tells_tokens(request):
-        return Events(request)
-    return TokenEvents(request, [mark.tokens > 0 or mark.phase == FINISHED for mark in place.marks])
 
 
 def one_by_one(chunks: Sequence[TokenChunk]) -> Iterator[TokenChunk]:

@@ -32,8 +32,9 @@ from starlette.routing import Route
 
 from api.__main__ import http_config, listen
 from api.app import create_app
+from api.feed import Piece
 from api.service import ServedPool
-from api.sse import Events
+from api.shapes.openai import OpenAIEvents
 from benchmarks.table import Row, print_rows
 from pipeline.config import ApiSettings, LogSettings
 from pipeline.logs import configure
@@ -167,7 +168,8 @@ def bare_app(clock: Clock, tokens: int, *, is_paced: bool) -> tuple[Any, Callabl
     body = BackendInput(
         request_id="x", model=POOL, token_ids=[1], stop_conditions=StopConditions(), sampling_options=SamplingOptions()
     )
-    event = Events(Request(id="bench-" + "x" * 22, kind="chat.completion", created_s=0, input=body)).piece(0, " quick")
+    request = Request(id="bench-" + "x" * 22, kind="chat.completion", created_s=0, input=body)
+    event = OpenAIEvents(request, "reasoning_content").piece(Piece(0, " quick", (), None), None, 1)
     loop = asyncio.get_event_loop()
     waiters: list[asyncio.Future[None]] = []
     come = 0

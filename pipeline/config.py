@@ -41,6 +41,9 @@ class PoolSettings(Section, frozen=True, kw_only=True):
     engine: Literal["torch", "vllm", "mock"] = "torch"
     tokenizer: str = ""  # empty: the model's own; "none": token ids in, token ids out
     max_model_len: Amount = 0  # 0: what the model says
+    response_template: str = (
+        ""  # how answers are read: empty for the model's own, "none", a name of Baton's, or a JSON file
+    )
     loras: str = ""  # NAME=FOLDER NAME2=FOLDER2: adapters of the model, each a model of its own in the API
 
     @property
@@ -67,6 +70,7 @@ class ApiSettings(Section, frozen=True, kw_only=True):
     default_max_tokens: Count = 512
     stream_buffer_items: Count = 4096  # live items kept for one slow reader before it is sent to the token log
     silence_s: Positive = 2.0  # a stream without a frame for this long reads state and log
+    reasoning_field: Annotated[str, Meta(pattern="^[a-z_]+$")] = "reasoning_content"  # in chat messages and deltas
 
 
 class RouterSettings(Section, frozen=True, kw_only=True):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from msgspec.structs import replace
 
+from pipeline.answer_form import AUTO, PLAIN, AnswerForm, with_form
 from pipeline.errors import ContextLengthExceeded, InvalidRequest
-from pipeline.protocol import BackendInput, OutputOptions, SamplingOptions, StopConditions
-from pipeline.tokenizer import Message, NoTokenizer, Tokenizer
+from pipeline.parsers.choose import template_of
+from pipeline.protocol import BackendInput, OutputOptions, RoutingHints, SamplingOptions, StopConditions
+from pipeline.tokenizer import Conversation, NoTokenizer, Tokenizer
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +20,8 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     stop: StopConditions = StopConditions()
     sampling: SamplingOptions = SamplingOptions()
     output: OutputOptions = OutputOptions()
+    truncate_prompt_tokens: int | None = None  # the last so many tokens of the prompt; -1: as many as fit
+    cache_salt: str | None = None
 
 
 class Preprocessor:
@@ -36,32 +39,49 @@ class Preprocessor:
         self.default_max_tokens = default_max_tokens
 
     def chat(
-        self,
-        request_id: str,
-        messages: Sequence[Message],
-        wanted: Wanted,
-        *,
-        template_variables: dict[str, Any] | None = None,
+        self, request_id: str, conversation: Conversation, wanted: Wanted, form: AnswerForm = PLAIN
     ) -> BackendInput:
-        """Messages by the model's chat template. Raises InvalidRequest (no template, or it refuses) and ContextLengthExceeded."""
+        """A conversation by the model's chat template. Raises InvalidRequest (no template, or it refuses; tools that nobody could read from
+        the answer) and ContextLengthExceeded."""
         tokenizer = self._reader("messages")
         if not tokenizer.has_chat_template:
             raise InvalidRequest(
                 f"model {self.model!r} has no chat template, so it takes no messages: use /v1/completions",
                 param="messages",
             )
-        text = tokenizer.render(messages, template_variables or {})
+        self._check_tools(tokenizer, form)
+        template = template_of(tokenizer, form)
+        if template is not None and tokenizer.shows_special(template.delimiters):
+            wanted = replace(wanted, output=replace(wanted.output, skip_special_tokens=False))
+        text = tokenizer.render(conversation)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
-        return self._assemble(request_id, token_ids, wanted, param="messages")
+        return with_form(self._assemble(request_id, token_ids, wanted, param="messages"), form)
 
-    def completion(self, request_id: str, prompt: str | Sequence[int], wanted: Wanted) -> BackendInput:
+    def completion(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        wanted: Wanted,
+        form: AnswerForm = PLAIN,
+        *,
+        param: str = "prompt",
+    ) -> BackendInput:
         """A prompt as text or as token ids. Raises InvalidRequest and ContextLengthExceeded."""
         if isinstance(prompt, str):
-            token_ids = self._reader("prompt").encode(prompt, add_special_tokens=True)
-            return self._assemble(request_id, token_ids, wanted, param="prompt")
-        ready = self._assemble(request_id, list(prompt), wanted, param="prompt")
-        self._check_ids(prompt, "prompt")  # after the length: there may be millions
-        return ready
+            token_ids = self._reader(param).encode(prompt, add_special_tokens=True)
+            return with_form(self._assemble(request_id, token_ids, wanted, param=param), form)
+        ready = self._assemble(request_id, list(prompt), wanted, param=param)
+        self._check_ids(prompt, param)  # after the length: there may be millions
+        return with_form(ready, form)
+
+    def _check_tools(self, tokenizer: Tokenizer, form: AnswerForm) -> None:
+        read = tokenizer.response_format
+        if form.tools and form.tool_choice == AUTO and (read is None or not read.has_calls):
+            raise InvalidRequest(
+                f"how model {self.model!r} writes calls is not known, so none could be read from its answer: set "
+                f"pools.{self.model}.response_template, or tool_choice to required, none or a function",
+                param="tools",
+            )
 
     def _reader(self, param: str) -> Tokenizer:
         """Who reads text. Raises InvalidRequest where nobody does."""
@@ -77,6 +97,10 @@ class Preprocessor:
         if wanted.stop.stop:
             self._reader("stop")
         self._check_ids(wanted.stop.stop_token_ids or [], "stop_token_ids")
+        self._check_bias(wanted.sampling.logit_bias or {})
+        token_ids = truncated(
+            token_ids, wanted.truncate_prompt_tokens, self.max_model_len - (wanted.stop.max_tokens or 1)
+        )
         max_tokens = self._fit(len(token_ids), wanted.stop.max_tokens, param)
         if (wanted.stop.min_tokens or 0) > max_tokens:
             raise InvalidRequest(f"min_tokens is more than the {max_tokens} tokens that may come", param="min_tokens")
@@ -88,6 +112,7 @@ class Preprocessor:
             sampling_options=wanted.sampling,
             output_options=wanted.output,
             eos_token_ids=self.tokenizer.eos_token_ids,
+            routing=RoutingHints(cache_salt=wanted.cache_salt) if wanted.cache_salt else None,
         )
 
     def _fit(self, prompt_tokens: int, max_tokens: int | None, param: str) -> int:
@@ -104,6 +129,14 @@ class Preprocessor:
             )
         return min(self.default_max_tokens, remaining) if max_tokens is None else max_tokens
 
+    def _check_bias(self, bias: Mapping[str, float]) -> None:
+        for token in bias:
+            if not (token.isascii() and token.isdecimal() and int(token) < self.tokenizer.vocab_size):
+                raise InvalidRequest(
+                    f"{token[:20]!r} is not a token id below {self.tokenizer.vocab_size}",
+                    param=f"logit_bias.{token[:20]}",
+                )
+
     def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
         size = self.tokenizer.vocab_size
         for position, token_id in enumerate(token_ids):
@@ -111,3 +144,10 @@ class Preprocessor:
                 raise InvalidRequest(
                     f"token id {token_id} is outside the model's vocabulary of {size}", param=f"{param}[{position}]"
                 )
+
+
+def truncated(token_ids: list[int], asked: int | None, fits: int) -> list[int]:
+    """The end of a prompt: the last `asked` tokens, or for -1 as many as fit; all of it where nothing is asked."""
+    if asked is None or len(token_ids) <= (limit := max(0, fits) if asked < 0 else asked):
+        return token_ids
+    return token_ids[-limit:] if limit else []

@@ -9,8 +9,10 @@ Then the text of a sequence is the UTF-8 decoding of the joined bytes, and detok
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,27 @@ from transformers.utils.hub import cached_file
 
 from pipeline.builtin import BUILTIN_MODEL, builtin_model_path
 from pipeline.errors import ConfigError, InvalidRequest
+from pipeline.parsers.templated import ResponseFormat
 
 Message = Mapping[str, Any]
+
+RESPONSE_TEMPLATES = Path(__file__).parent / "response_templates"
+NO_TEMPLATE = "none"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """What a chat template makes a prompt of. `tools` and `documents` as transformers has them; `variables`: the template's own, such as
+    `enable_thinking`."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+    documents: Sequence[Mapping[str, Any]] = ()
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 TokenToBytes = Callable[[str], bytes]
 
 
@@ -51,11 +72,17 @@ class Tokenizer:
     """Text to token ids and back for one model. Reading only; safe to share between threads.
 
     `eos_token_ids` end a generation; `vocab_size` bounds ids in requests (the model's embedding rows where `config.json` says so);
-    `max_model_len` is what `config.json` says, None where it says nothing.
+    `max_model_len` is what `config.json` says, None where it says nothing. `response_format`: how the model writes reasoning and calls of
+    tools, None where nobody says.
     """
 
     def __init__(
-        self, hf: Any, *, config: Mapping[str, Any] | None = None, generation_config: Mapping[str, Any] | None = None
+        self,
+        hf: Any,
+        *,
+        config: Mapping[str, Any] | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+        response_template: str = "",
     ) -> None:
         config, generation_config = config or {}, generation_config or {}
         self._hf = hf
@@ -68,10 +95,14 @@ class Tokenizer:
             with_added_tokens=True
         )
         self.max_model_len: int | None = _max_model_len(config)
+        self.response_format: ResponseFormat | None = response_format(
+            response_template, getattr(hf, "response_template", None)
+        )
 
     @classmethod
-    def load(cls, source: str) -> Tokenizer:
-        """`source`: the name of a built-in model, a folder, or a hub id. Raises ConfigError where there is no usable tokenizer."""
+    def load(cls, source: str, *, response_template: str = "") -> Tokenizer:
+        """`source`: the name of a built-in model, a folder, or a hub id. `response_template`: as `response_format` takes it. Raises
+        ConfigError where there is no usable tokenizer."""
         place = model_source(source)
         try:
             hf = _load_hf(place)
@@ -80,7 +111,10 @@ class Tokenizer:
         if getattr(hf, "backend_tokenizer", None) is None:
             raise ConfigError(f"the tokenizer of {source!r} has no fast form (tokenizer.json)")
         return cls(
-            hf, config=_read_json(place, "config.json"), generation_config=_read_json(place, "generation_config.json")
+            hf,
+            config=_read_json(place, "config.json"),
+            generation_config=_read_json(place, "generation_config.json"),
+            response_template=response_template,
         )
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -97,22 +131,34 @@ class Tokenizer:
         """Whether the model can be talked to in messages."""
         return self._hf.chat_template is not None
 
-    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
-        """The prompt that the model's chat template makes of `messages`; `variables` are the template's own, such as
-        `enable_thinking`. Raises InvalidRequest where the template refuses the messages, or a variable is not the client's to set.
-        """
+    def render(self, conversation: Conversation) -> str:
+        """The prompt that the model's chat template makes. Raises InvalidRequest where the template refuses it, or a variable is not the
+        client's to set."""
+        variables = conversation.variables
         reserved = sorted(self._reserved & variables.keys())
         if reserved:
             raise InvalidRequest(f"{reserved[0]} cannot be set", param=f"chat_template_kwargs.{reserved[0]}")
         try:
             text: str = self._hf.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **variables
+                list(conversation.messages),
+                tools=conversation.tools or None,
+                documents=conversation.documents or None,
+                tokenize=False,
+                add_generation_prompt=conversation.add_generation_prompt,
+                continue_final_message=conversation.continue_final_message,
+                **variables,
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
         return text
+
+    def shows_special(self, texts: Sequence[str]) -> bool:
+        """Whether any of these texts holds a special token that does not end a generation."""
+        added = self._backend.get_added_tokens_decoder().items()
+        special = [token.content for index, token in added if token.special and index not in self.eos_token_ids]
+        return any(token in text for token in special for text in texts)
 
     def token_bytes(self, *, skip_special_tokens: bool) -> list[bytes] | None:
         """Bytes of each token id, or None where the model's decoder does not work on bytes. Built once, then shared."""
@@ -132,6 +178,21 @@ class Tokenizer:
         for index, added in self._backend.get_added_tokens_decoder().items():
             table[index] = b"" if skip_special_tokens and added.special else to_bytes(added.content)
         return table
+
+
+def response_format(said: str, models_own: Any) -> ResponseFormat | None:
+    """How answers are read. `said`: empty for the model's own template, `none`, the name of one of Baton's, or a JSON file. Raises
+    ConfigError where there is no such template, or it is none."""
+    if not said:
+        return ResponseFormat(models_own) if isinstance(models_own, dict) else None
+    if said == NO_TEMPLATE:
+        return None
+    path = RESPONSE_TEMPLATES / f"{said}.json" if re.fullmatch(r"\w+", said) else Path(said)
+    try:
+        return ResponseFormat(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError) as error:
+        names = ", ".join(sorted(path.stem for path in RESPONSE_TEMPLATES.glob("*.json")))
+        raise ConfigError(f"response_template {said!r}: {error}; give a JSON file, or one of: {names}") from error
 
 
 def model_source(source: str) -> str:

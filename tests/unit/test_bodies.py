@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 
-from api.bodies import chat_body, completion_body, digest, single_prompt, template_messages, wanted
+from api.asks import conversation, form, wanted
+from api.bodies import chat_body, completion_body, digest, single_prompt
+from pipeline.answer_form import PLAIN
 from pipeline.errors import InvalidRequest
 from pipeline.preprocess import Wanted
 
 HELLO = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}}
+OTHER = {"type": "function", "function": {"name": "g"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+WRONG = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[]"}}
 
 
 def chat(**fields: Any) -> bytes:
@@ -30,11 +36,14 @@ def completion(**fields: Any) -> bytes:
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
-        ({"messages": [*HELLO, {"role": "tool", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [*HELLO, {"role": "function", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [*HELLO, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
+        ({"messages": [{"role": "user", "content": "", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [WRONG]}]}, "messages[0].tool_calls[0].function.arguments"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
@@ -57,18 +66,26 @@ def completion(**fields: Any) -> bytes:
         ({"stream": "yes"}, "stream"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"tools": [{}]}, "tools"),
+        ({"tools": [{}]}, "tools[0].function"),
+        ({"tools": [{"function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "f"}, "tool_choice"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"echo": True}, "echo"),
         ({"return_token_ids": True}, "return_token_ids"),
         ({"return_token_ids": 1}, "return_token_ids"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"frequency_penalty": -1}, "frequency_penalty"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"min_p": 0.1}, "min_p"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[...]"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": 1.1}, "min_p"),
         ({"audio": {}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"priority": "high"}, "priority"),
@@ -89,9 +106,9 @@ def test_a_wrong_chat_field_is_named(fields: dict[str, Any], param: str) -> None
         ({"prompt": None}, "prompt"),
         ({"prompt": [1, 2.5]}, "prompt[1]"),
         ({"prompt": [[1, "a"]]}, "prompt[0][1]"),
-        ({"best_of": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
         ({"best_of": 1, "n": 2}, "best_of"),
-        ({"echo": True}, "echo"),
+        ({"echo": True, "logprobs": 1}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),
@@ -135,8 +152,8 @@ def test_messages_do_not_echo_at_length(raw: bytes) -> None:
 
 
 def test_what_is_not_supported_is_said_so() -> None:
-    with pytest.raises(InvalidRequest, match=r"^tools is not supported$"):
-        chat_body(b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}]}')
+    with pytest.raises(InvalidRequest, match=r"^audio is not supported$"):
+        chat_body(chat(audio={"voice": "x"}))
 
 
 def test_unknown_fields_are_ignored_and_null_is_not_given() -> None:
@@ -175,13 +192,59 @@ def test_what_is_wanted_reaches_the_pipeline() -> None:
     assert not found.output.skip_special_tokens
 
 
-def test_messages_reach_the_template_as_text() -> None:
+def test_messages_reach_the_template_as_text_and_arguments_as_objects() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages = [{"role": "developer", "content": "x"}, {"role": "user", "content": parts, "name": "Ann"}]
-    assert template_messages(chat_body(chat(messages=messages))) == [
+    messages = [
+        {"role": "developer", "content": "x"},
+        {"role": "user", "content": parts, "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning": "hm"},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    found = conversation(chat_body(chat(messages=messages, tools=[OTHER], reasoning_effort="none")))
+    called = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert found.messages == [
         {"role": "system", "content": "x"},
         {"role": "user", "content": "a\nb", "name": "Ann"},
+        {"role": "assistant", "content": "", "tool_calls": [called], "reasoning_content": "hm"},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
     ]
+    assert found.tools == [{"type": "function", "function": {"name": "g"}}]
+    assert found.variables == {"reasoning_effort": "none", "enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("choice", "mode", "names", "is_forced"),
+    [
+        (None, "auto", ["f", "g"], False),
+        ("none", "none", ["f", "g"], False),
+        ("required", "required", ["f", "g"], True),
+        ({"type": "function", "function": {"name": "g"}}, "named", ["g"], True),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [OTHER]}}, "auto", ["g"], False),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [OTHER]}}, "required", ["g"], True),
+    ],
+)
+def test_a_choice_of_tools_says_which_and_whether_a_grammar_makes_the_call(
+    choice: Any, mode: str, names: list[str], is_forced: bool
+) -> None:
+    body = chat_body(chat(tools=[TOOL, OTHER], tool_choice=choice))
+    found = form(body, "")
+    assert (found.tool_choice, [tool["function"]["name"] for tool in found.tools]) == (mode, names)
+    assert (wanted(body).sampling.guided_decoding is not None) == is_forced == found.has_forced_call
+    assert bool(conversation(body).tools) == (mode != "none")
+
+
+def test_a_forced_call_is_a_constraint_and_there_is_one_a_request() -> None:
+    body = chat_body(chat(tools=[TOOL], tool_choice="required", response_format={"type": "json_object"}))
+    with pytest.raises(InvalidRequest, match="tool_choice and response_format"):
+        wanted(body)
+
+
+def test_the_best_of_some_are_told_and_their_log_probabilities_only_if_asked_for() -> None:
+    body = completion_body(completion(n=2, best_of=5))
+    assert (wanted(body).sampling.n, wanted(body).output.logprobs) == (5, 0)
+    assert (form(body, "").keeps, form(body, "").hides_logprobs) == (2, True)
+    assert not form(completion_body(completion(n=2, best_of=5, logprobs=1)), "").hides_logprobs
+    assert form(completion_body(completion(n=2, best_of=2)), "") == PLAIN
 
 
 @pytest.mark.parametrize(

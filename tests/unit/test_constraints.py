@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from api.bodies import chat_body, check_served, wanted
+from api.asks import check_served, wanted
+from api.bodies import chat_body
 from pipeline.errors import InvalidRequest
 from pipeline.protocol import GuidedDecoding
 

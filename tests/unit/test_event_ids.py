@@ -8,14 +8,16 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from api.event_ids import Mark, Place, read_event_id
-from api.sse import RETURN_TOKEN_IDS
+from api.shapes.openai import OpenAIShape
 from api.transcript import NumberedTranscript, Transcript
+from pipeline.answer_form import AnswerForm, with_form
 from pipeline.errors import InvalidRequest
-from pipeline.protocol import FinishReason, Log, Request
-from pipeline.stream import TokenChunk, Usage
+from pipeline.protocol import FinishReason, Log, Request, Timeline
+from pipeline.stream import Ended, TokenChunk, Usage
 from tests import texts
 from tests.system import request
 
+SHAPE = OpenAIShape("reasoning_content")
 LOG = Log(tokens=[[5, 6, 7], [8], []], finished=[FinishReason.LENGTH, None, None])
 
 
@@ -28,8 +30,7 @@ def asked(
     tells: bool = False,
 ) -> Request:
     made = structs.replace(request(3, n=n, stop=stop), kind=kind, include_usage=usage)
-    annotations = [RETURN_TOKEN_IDS] if tells else []
-    return structs.replace(made, input=structs.replace(made.input, annotations=annotations))
+    return structs.replace(made, input=with_form(made.input, AnswerForm(return_token_ids=tells)))
 
 
 @pytest.mark.parametrize(
@@ -115,14 +116,14 @@ def test_however_a_choice_ends_and_is_cut_its_text_is_the_same(
         chunks.append(TokenChunk(0, len(ids), [], reason))
     else:
         chunks[-1] = structs.replace(chunks[-1], finish_reason=reason)
-    whole = NumberedTranscript.from_start(tokenizer, what)
+    whole = NumberedTranscript.from_start(tokenizer, what, SHAPE)
     events = blocks(whole.opening + whole.encode(chunks))
-    plain = Transcript(tokenizer, what)
+    plain = Transcript(tokenizer, what, SHAPE)
     assert [data for _, data in events] == [data for _, data in blocks(plain.opening + plain.encode(chunks))]
     log = Log(tokens=[ids], finished=[reason])
     for seen, (name, _) in enumerate(events, start=1):
         place = read_event_id(name, what, log)
-        rest = NumberedTranscript(tokenizer, what, place, log)
+        rest = NumberedTranscript(tokenizer, what, SHAPE, place, log)
         have = place.tokens[0]
         tail = rest.opening + rest.encode([TokenChunk(0, have, ids[have:], None if is_late else reason)])
         tail += rest.encode([TokenChunk(0, len(ids), [], reason)]) if is_late else b""
@@ -132,10 +133,11 @@ def test_however_a_choice_ends_and_is_cut_its_text_is_the_same(
 def test_the_usage_is_told_once_and_has_an_id() -> None:
     tokenizer, what = texts.tokenizer("byte_level"), asked(n=1, usage=True)
     log = Log(tokens=[[5]], finished=[FinishReason.LENGTH])
+    ended = Ended("done", "", Usage(1, 1, 0), "decode", Timeline())
     for name, is_told in (("1e", True), ("1e-u", False)):
-        transcript = NumberedTranscript(tokenizer, what, read_event_id(name, what, log), log)
+        transcript = NumberedTranscript(tokenizer, what, SHAPE, read_event_id(name, what, log), log)
         transcript.encode([TokenChunk(0, 1, [], FinishReason.LENGTH)])
-        assert [found for found, _ in blocks(transcript.usage(Usage(1, 1, 0)))] == (["1e-u"] if is_told else [])
+        assert [found for found, _ in blocks(transcript.end(ended))][:-1] == (["1e-u"] if is_told else [])
 
 
 def blocks(data: bytes) -> list[tuple[str, bytes]]:

@@ -8,7 +8,7 @@ import pytest
 
 from api.drain import Drain
 from api.feed import Choices, Feed
-from api.sse import RETURN_TOKEN_IDS
+from pipeline.answer_form import AnswerForm, with_form
 from pipeline.errors import Draining
 from pipeline.protocol import (
     BackendInput,
@@ -32,8 +32,8 @@ def choices(*, by_token: bool, n: int = 1, stop: list[str] | None = None, tells:
         token_ids=[1],
         stop_conditions=StopConditions(max_tokens=100, stop=stop),
         sampling_options=SamplingOptions(n=n),
-        annotations=[RETURN_TOKEN_IDS] if tells else [],
     )
+    body = with_form(body, AnswerForm(return_token_ids=tells))
     request = Request(id="r", kind="chat.completion", created_s=0, input=body)
     return Choices(texts.tokenizer("byte_level"), request, by_token=by_token)
 
@@ -47,7 +47,7 @@ def test_each_token_is_a_piece_however_many_came_together() -> None:
     apart = choices(by_token=True).push([TokenChunk(0, 0, tokens, None)])
     assert len(apart) == len(tokens)
     together = choices(by_token=False).push([TokenChunk(0, 0, tokens, None)])
-    assert together == [(0, "".join(text for _, text, _, _ in apart), (), None)]
+    assert together == [(0, "".join(text for _, text, _, _, _ in apart), (), None, None)]
 
 
 @pytest.mark.parametrize("by_token", [True, False])
@@ -56,8 +56,8 @@ def test_the_last_piece_carries_the_end_and_what_was_held_back(by_token: bool) -
     pieces = found.push(
         [TokenChunk(1, 0, ids("one EN"), FinishReason.LENGTH), TokenChunk(0, 0, ids("two END x"), None)]
     )
-    assert [text for choice, text, _, _ in pieces if choice == 1][-1].endswith("EN")
-    assert "".join(text for choice, text, _, _ in pieces if choice == 0) == "two "
+    assert [text for choice, text, _, _, _ in pieces if choice == 1][-1].endswith("EN")
+    assert "".join(text for choice, text, _, _, _ in pieces if choice == 0) == "two "
     assert found.reasons == [FinishReason.STOP, FinishReason.LENGTH]
     assert found.are_complete
     assert found.push([TokenChunk(0, 9, ids("more"), None)]) == []
@@ -68,15 +68,15 @@ def test_told_tokens_are_those_of_the_choice_with_or_without_text(by_token: bool
     found = choices(by_token=by_token, stop=["END"], tells=True)
     tokens = ids("東京 END")
     pieces = found.push([TokenChunk(0, 0, tokens + ids(" x"), None)])
-    assert [token for _, _, told, _ in pieces for token in told] == tokens
-    assert "".join(text for _, text, _, _ in pieces) == "東京 "
-    assert [len(told) for _, _, told, _ in pieces] == ([1] * len(tokens) if by_token else [len(tokens)])
+    assert [token for _, _, told, _, _ in pieces for token in told] == tokens
+    assert "".join(text for _, text, _, _, _ in pieces) == "東京 "
+    assert [len(told) for _, _, told, _, _ in pieces] == ([1] * len(tokens) if by_token else [len(tokens)])
     assert found.reasons == [FinishReason.STOP]
 
 
 def test_a_failed_choice_is_not_complete() -> None:
     found = choices(by_token=False)
-    assert found.push([TokenChunk(0, 0, ids("one"), FinishReason.ERROR)]) == [(0, "one", (), None)]
+    assert found.push([TokenChunk(0, 0, ids("one"), FinishReason.ERROR)]) == [(0, "one", (), None, None)]
     assert not found.are_complete
 
 

@@ -16,7 +16,7 @@ from pipeline.stream import TokenChunk
 from pipeline.tokenizer import Tokenizer
 from tests import texts
 from tests.system import request
-from tests.unit.test_event_ids import blocks
+from tests.unit.test_event_ids import SHAPE, blocks
 from tests.unit.test_stream import LOGS, Store, open_stream
 from workers.steps import merged
 
@@ -90,9 +90,9 @@ def test_they_are_told_once_with_the_text_of_their_tokens_and_go_on_at_any_event
         TokenChunk(0, at, [token], None, records_between(records, at, at + 1, size)) for at, token in enumerate(ids)
     ]
     chunks[-1] = structs.replace(chunks[-1], finish_reason=FinishReason.LENGTH)
-    whole = NumberedTranscript.from_start(tokenizer, what)
+    whole = NumberedTranscript.from_start(tokenizer, what, SHAPE)
     events = blocks(whole.opening + whole.encode(chunks))
-    plain = Transcript(tokenizer, what)
+    plain = Transcript(tokenizer, what, SHAPE)
     together = TokenChunk(0, 0, ids, FinishReason.LENGTH, records)
     assert [data for _, data in events] == [data for _, data in blocks(plain.opening + plain.encode([together]))]
     told = [choice["logprobs"] for choice in choices_of(plain_of(events)) if "logprobs" in choice]
@@ -106,7 +106,7 @@ def test_they_are_told_once_with_the_text_of_their_tokens_and_go_on_at_any_event
     log = Log(tokens=[ids], finished=[FinishReason.LENGTH])
     for seen, (name, _) in enumerate(events, start=1):
         place = read_event_id(name, what, log)
-        rest, have = NumberedTranscript(tokenizer, what, place, log), place.tokens[0]
+        rest, have = NumberedTranscript(tokenizer, what, SHAPE, place, log), place.tokens[0]
         tail = TokenChunk(0, have, ids[have:], FinishReason.LENGTH, records_between(records, have, len(ids), size))
         assert events[:seen] + blocks(rest.opening + rest.encode([tail])) == events
 
@@ -119,7 +119,7 @@ def test_what_redis_lost_and_what_cannot_come_is_told_so() -> None:
     tokenizer, what = texts.tokenizer("byte_level"), asked(1)
     given = LLMEngineOutput("r", 0, 0, [65], None, [-1.0], None, [[(66, float("-inf"))]])
     records = pack_logprobs(given) + b"\0" * record_bytes(what.input)
-    data = Transcript(tokenizer, what).encode([TokenChunk(0, 0, [65, 67], FinishReason.LENGTH, records)])
+    data = Transcript(tokenizer, what, SHAPE).encode([TokenChunk(0, 0, [65, 67], FinishReason.LENGTH, records)])
     entries = [entry for choice in choices_of(data) if "logprobs" in choice for entry in choice["logprobs"]["content"]]
     assert [entry["logprob"] for entry in entries] == [-1.0, None]
     assert [[likely["logprob"] for likely in entry["top_logprobs"]] for entry in entries] == [[-9999.0], []]

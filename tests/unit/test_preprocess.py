@@ -13,7 +13,7 @@ from pipeline.backend import Backend
 from pipeline.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from pipeline.preprocess import Preprocessor, Wanted
 from pipeline.protocol import FinishReason, SamplingOptions, StopConditions
-from pipeline.tokenizer import NoTokenizer, Tokenizer
+from pipeline.tokenizer import Conversation, NoTokenizer, Tokenizer
 from tests import texts
 
 
@@ -28,7 +28,11 @@ def wants(max_tokens: int | None = None, stop_token_ids: list[int] | None = None
 
 def test_messages_become_what_the_chat_template_says() -> None:
     ready = preprocessor()
-    found = ready.chat("id-1", [{"role": "user", "content": "Hello"}], Wanted(sampling=SamplingOptions(seed=3, n=2)))
+    found = ready.chat(
+        "id-1",
+        Conversation(messages=[{"role": "user", "content": "Hello"}]),
+        Wanted(sampling=SamplingOptions(seed=3, n=2)),
+    )
     text = ready.tokenizer.decode(found.token_ids, skip_special_tokens=False)
     assert text == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert (found.request_id, found.model) == ("id-1", "m")
@@ -83,22 +87,22 @@ def test_stop_token_ids_outside_the_vocabulary_are_refused() -> None:
 
 def test_a_template_that_refuses_is_a_bad_request() -> None:
     with pytest.raises(InvalidRequest, match="unknown role") as caught:
-        preprocessor().chat("id", [{"role": "developer", "content": "x"}], wants())
+        preprocessor().chat("id", Conversation(messages=[{"role": "developer", "content": "x"}]), wants())
     assert caught.value.param == "messages"
 
 
 @pytest.mark.parametrize("name", ["chat_template", "messages", "tokenize", "add_generation_prompt", "eos_token"])
 def test_a_client_sets_only_the_templates_own_variables(name: str) -> None:
     messages = [{"role": "user", "content": "x"}]
-    preprocessor().chat("id", messages, wants(), template_variables={"enable_thinking": False})
+    preprocessor().chat("id", Conversation(messages=messages, variables={"enable_thinking": False}), wants())
     with pytest.raises(InvalidRequest) as caught:
-        preprocessor().chat("id", messages, wants(), template_variables={name: "{{ 1 }}"})
+        preprocessor().chat("id", Conversation(messages=messages, variables={name: "{{ 1 }}"}), wants())
     assert caught.value.param == f"chat_template_kwargs.{name}"
 
 
 def test_a_model_without_template_takes_no_messages() -> None:
     with pytest.raises(InvalidRequest, match="/v1/completions"):
-        preprocessor("word_piece").chat("id", [{"role": "user", "content": "x"}], wants())
+        preprocessor("word_piece").chat("id", Conversation(messages=[{"role": "user", "content": "x"}]), wants())
 
 
 def test_without_a_tokenizer_there_are_only_token_ids(tmp_path: Path) -> None:
@@ -110,7 +114,7 @@ def test_without_a_tokenizer_there_are_only_token_ids(tmp_path: Path) -> None:
     assert ready.completion("id", [5, 6], wants()).eos_token_ids == [7, 8]
     stopped = Wanted(stop=StopConditions(stop=["x"]))
     for param, refused in (
-        ("messages", lambda: ready.chat("id", [{"role": "user", "content": "x"}], wants())),
+        ("messages", lambda: ready.chat("id", Conversation(messages=[{"role": "user", "content": "x"}]), wants())),
         ("prompt", lambda: ready.completion("id", "text", wants())),
         ("stop", lambda: ready.completion("id", [5], stopped)),
         ("prompt[1]", lambda: ready.completion("id", [5, 10], wants())),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from api.errors import TABLE, error_json, error_of_end, error_response, row_of
-from api.sse import DONE, PING, Events, TokenEvents, error_events, text_json
+from api.feed import Piece
+from api.said import call_id, finish_word
+from api.shapes.openai import DONE, OpenAIEvents, OpenAIShape, error_events
+from api.sse import PING, text_json
+from pipeline.answer_form import AnswerForm, with_form
 from pipeline.errors import (
     BatonError,
     ContextLengthExceeded,
@@ -20,14 +26,22 @@ from pipeline.errors import (
     QueueFull,
     RequestFailed,
 )
+from pipeline.parsing import Part, PartKind
 from pipeline.protocol import BackendInput, FinishReason, Request, SamplingOptions, StopConditions, Timeline
 from pipeline.stream import Ended, Usage
 
 ID = "tiny-AAAAAAAAAAAAAAAAAAAAAA"
 
 
-def events(kind: str = "chat.completion", n: int = 1) -> Events:
-    return Events(plain_request(kind, n))
+SHAPE = OpenAIShape("reasoning_content")
+
+
+def events(kind: str = "chat.completion", n: int = 1) -> OpenAIEvents:
+    return SHAPE.events(plain_request(kind, n))
+
+
+def piece(choice: int, text: str, token_ids: Sequence[int] = (), parts: list[Part] | None = None) -> Piece:
+    return Piece(choice, text, token_ids, None, parts)
 
 
 def plain_request(kind: str = "text_completion", n: int = 1) -> Request:
@@ -63,8 +77,8 @@ def test_chat_chunks_have_openais_order_and_fields() -> None:
     ]
     assert parse(made.opening) == opening
     text = chunk(choices=[{"index": 1, "delta": {"content": 'a "b"\n'}, "finish_reason": None}])
-    assert parse(made.piece(1, 'a "b"\n')) == [text]
-    assert parse(made.finish(0, FinishReason.EOS)) == [
+    assert parse(made.piece(piece(1, 'a "b"\n'), None, 1)) == [text]
+    assert parse(made.finish(0, "stop", None, 1)) == [
         chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
     ]
     usage = {
@@ -79,7 +93,7 @@ def test_chat_chunks_have_openais_order_and_fields() -> None:
 def test_completion_chunks_carry_text() -> None:
     made = events("text_completion")
     assert made.opening == b""
-    (text,) = parse(made.piece(0, "é"))
+    (text,) = parse(made.piece(piece(0, "é"), None, 1))
     assert text == {
         "id": f"cmpl-{ID}",
         "object": "text_completion",
@@ -87,21 +101,22 @@ def test_completion_chunks_carry_text() -> None:
         "model": "tiny",
         "choices": [{"index": 0, "text": "é", "finish_reason": None}],
     }
-    (finish,) = parse(made.finish(0, FinishReason.LENGTH))
+    (finish,) = parse(made.finish(0, "length", None, 1))
     assert finish["choices"] == [{"index": 0, "text": "", "finish_reason": "length"}]  # type: ignore[index]
 
 
 def test_token_ids_stand_beside_the_text_and_the_prompts_in_the_first_event_of_each_choice() -> None:
     plain = events("text_completion", n=3)
     body = plain_request(n=3)
-    made = TokenEvents(body, [False, True, False])
-    (first,) = parse(made.piece(0, "é", [7, 8]))
-    (second,) = parse(made.piece(0, "", [9]))
-    (other,) = parse(made.piece(1, "x", [5]))
-    (finish,) = parse(made.finish(2, FinishReason.LENGTH))
-    head = {key: value for key, value in parse(plain.piece(0, "é"))[0].items() if key != "choices"}  # type: ignore[attr-defined]
-    piece = {"index": 0, "text": "é", "token_ids": [7, 8], "prompt_token_ids": [1], "finish_reason": None}
-    assert first == head | {"choices": [piece]}
+    body = structs.replace(body, input=with_form(body.input, AnswerForm(return_token_ids=True)))
+    made = SHAPE.events(body, [False, True, False])
+    (first,) = parse(made.piece(piece(0, "é", [7, 8]), None, 2))
+    (second,) = parse(made.piece(piece(0, "", [9]), None, 3))
+    (other,) = parse(made.piece(piece(1, "x", [5]), None, 4))
+    (finish,) = parse(made.finish(2, "length", None, 1))
+    head = {key: value for key, value in parse(plain.piece(piece(0, "é"), None, 1))[0].items() if key != "choices"}  # type: ignore[attr-defined]
+    told = {"index": 0, "text": "é", "token_ids": [7, 8], "prompt_token_ids": [1], "finish_reason": None}
+    assert first == head | {"choices": [told]}
     assert choice_of(second) == {"index": 0, "text": "", "token_ids": [9], "finish_reason": None}
     assert choice_of(other) == {"index": 1, "text": "x", "token_ids": [5], "finish_reason": None}
     assert choice_of(finish) == {"index": 2, "text": "", "token_ids": [], "prompt_token_ids": [1], "finish_reason": "length"}  # fmt: skip
@@ -115,7 +130,28 @@ def choice_of(event: object) -> object:
     ("reason", "word"), [(FinishReason.EOS, "stop"), (FinishReason.STOP, "stop"), (FinishReason.LENGTH, "length")]
 )
 def test_finish_reasons_are_openais(reason: FinishReason, word: str) -> None:
-    assert f'"finish_reason":"{word}"'.encode() in events().finish(0, reason)
+    assert finish_word(reason, has_calls=False) == word
+    assert finish_word(reason, has_calls=True) == ("length" if word == "length" else "tool_calls")
+
+
+def test_reasoning_and_calls_stand_in_one_delta_and_a_call_is_opened_once() -> None:
+    made = events()
+    opened = [Part(PartKind.REASONING, "hm"), Part(PartKind.CALL, "f"), Part(PartKind.ARGUMENTS, '{"a"')]
+    (first,) = parse(made.piece(piece(0, "", parts=opened), None, 1))
+    (second,) = parse(made.piece(piece(0, "", parts=[Part(PartKind.ARGUMENTS, ":1}")]), None, 2))
+    (call,) = choice_of(first)["delta"].pop("tool_calls")  # type: ignore[index]
+    assert choice_of(first)["delta"] == {"reasoning_content": "hm"}  # type: ignore[index]
+    assert call.pop("id") == call_id(plain_request("chat.completion"), 0, 0)
+    assert call == {"index": 0, "type": "function", "function": {"name": "f", "arguments": '{"a"'}}
+    delta = {"tool_calls": [{"index": 0, "function": {"arguments": ":1}"}}]}
+    assert choice_of(second)["delta"] == delta  # type: ignore[index]
+
+
+def test_usage_so_far_stands_in_each_event_for_those_who_asked() -> None:
+    body = plain_request("chat.completion")
+    made = SHAPE.events(structs.replace(body, input=with_form(body.input, AnswerForm(continuous_usage=True))))
+    (event,) = parse(made.piece(piece(0, "x"), None, 3))
+    assert event["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}  # type: ignore[index]
 
 
 @given(st.text())
@@ -127,7 +163,7 @@ def test_text_is_json_in_one_line_for_every_client(text: str) -> None:
 
 def test_unusual_line_ends_reach_a_client_that_splits_lines() -> None:
     text = "a\u2028b\u2029c\x85d\x0be\x1cf"
-    body = events().piece(0, text) + DONE
+    body = events().piece(piece(0, text), None, 1) + DONE
     lines = [line for line in httpx.Response(200, content=body).iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
     assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["delta"]["content"] == text

@@ -21,12 +21,20 @@ _PIECES = r"\p{N}| ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\p{N}]|\s+(?!\S)|\s+"
 
 _CHAT_TEMPLATE = """\
 {{- bos_token }}
+{%- if tools %}
+{{- '<|system|>You may call these functions:' }}
+{%- for tool in tools %}
+{{- '\\n' ~ (tool | tojson) }}
+{%- endfor %}
+{{- '\\nTo call one, write <tool_call>{\\"name\\": ..., \\"arguments\\": ...}</tool_call><|end|>' }}
+{%- endif %}
 {%- for message in messages %}
 {%- set role = 'system' if message['role'] == 'developer' else message['role'] %}
-{%- if role not in ['system', 'user', 'assistant'] %}
-{{- raise_exception("baton-tiny knows the roles system, user and assistant, not '" ~ message['role'] ~ "'") }}
+{%- if role not in ['system', 'user', 'assistant', 'tool'] %}
+{{- raise_exception("baton-tiny knows the roles system, user, assistant and tool, not '" ~ message['role'] ~ "'") }}
 {%- endif %}
-{{- '<|' ~ role ~ '|>' }}
+{{- '<|' ~ ('user' if role == 'tool' else role) ~ '|>' }}
+{%- if role == 'tool' %}{{- '<tool_response>' }}{%- endif %}
 {%- if message['content'] is string %}
 {{- message['content'] | trim }}
 {%- else %}
@@ -37,11 +45,31 @@ _CHAT_TEMPLATE = """\
 {{- part['text'] | trim }}
 {%- endfor %}
 {%- endif %}
+{%- for call in message['tool_calls'] or [] %}
+{{- '<tool_call>' ~ ({'name': call['function']['name'], 'arguments': call['function']['arguments']} | tojson) ~ '</tool_call>' }}
+{%- endfor %}
+{%- if role == 'tool' %}{{- '</tool_response>' }}{%- endif %}
 {{- '<|end|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|assistant|>' }}
 {%- endif %}"""
+
+# How an answer is read (`transformers.utils.chat_parsing`): calls in the manner of Hermes.
+_RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|assistant|>",
+    "fields": {
+        "content": {"close": "<|end|>"},
+        "tool_calls": {
+            "open_pattern": "\\s*<tool_call>\\s*",
+            "close_pattern": "\\s*</tool_call>",
+            "content": "json",
+            "repeats": True,
+            "transform": {"type": "function", "function": "{content}"},
+        },
+    },
+}
 
 
 def train_tokenizer(samples_a_size: int = 12_000, seed: int = 7) -> Tokenizer:
@@ -79,6 +107,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "model_max_length": 4096,
         "model_input_names": ["input_ids", "attention_mask"],
         "chat_template": _CHAT_TEMPLATE,
+        "response_template": _RESPONSE_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

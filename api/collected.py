@@ -1,0 +1,57 @@
+"""Tokens of a request in, what its choices say out: all that has come so far."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from api.feed import Choices
+from api.logprobs import Logprobs
+from api.said import Said
+from pipeline.answer_form import AnswerForm, form_of
+from pipeline.parsing import Part, PartKind
+from pipeline.protocol import Request
+from pipeline.stream import TokenChunk
+from pipeline.tokenizer import NoTokenizer, Tokenizer
+
+
+class Collected:
+    """What the choices of a request say."""
+
+    def __init__(self, tokenizer: Tokenizer | NoTokenizer, request: Request) -> None:
+        self.choices = Choices(tokenizer, request, by_token=False)
+        self._logprobs = Logprobs(tokenizer, request)
+        self._form = form_of(request)
+        self._said: list[Said] = [Said() for _ in self.choices.reasons]
+
+    def push(self, chunks: Sequence[TokenChunk]) -> None:
+        """More tokens."""
+        for chunk in chunks:
+            self._logprobs.push(chunk)
+        for piece in self.choices.push(chunks):
+            said = self._said[piece.choice]
+            for part in [Part(PartKind.CONTENT, piece.text)] if piece.parts is None else piece.parts:
+                said.add(part)
+            said.token_ids += piece.token_ids
+        for choice, said in enumerate(self._said):
+            said.finish = self.choices.finish_word(choice)
+
+    def all(self) -> list[Said]:
+        """Everything, with the log probabilities of what has come since the last call."""
+        for choice, said in enumerate(self._said):
+            said.logprobs = self._logprobs.take(choice)
+        return kept(self._said, self._form)
+
+
+def kept(said: list[Said], form: AnswerForm) -> list[Said]:
+    """Those that are told: all, or the likeliest by their mean log probability, best first."""
+    if not form.keeps:
+        return said
+    best = sorted(said, key=_mean_logprob, reverse=True)[: form.keeps]
+    return [dataclasses.replace(one, logprobs=None) for one in best] if form.hides_logprobs else best
+
+
+def _mean_logprob(said: Said) -> float:
+    known = [one for one in (said.logprobs or {}).get("token_logprobs", ()) if one is not None]
+    return sum(known) / len(known) if known else -math.inf

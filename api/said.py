@@ -1,0 +1,62 @@
+"""What the choices of an answer say, collected: for whole answers, and for the objects that streams end with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+from pipeline.parsing import Part, PartKind
+from pipeline.protocol import FinishReason, Request
+
+
+@dataclasses.dataclass(slots=True)
+class Call:
+    """One call of a function; `arguments` is JSON, torn where the answer ended too early."""
+
+    name: str
+    arguments: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class Said:
+    """One choice so far. `finish`: OpenAI's word for its end, None while it goes on."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    finish: str | None = None
+    logprobs: dict[str, Any] | None = None
+
+    def add(self, part: Part) -> None:
+        """One more piece."""
+        match part.kind:
+            case PartKind.CONTENT:
+                self.content += part.text
+            case PartKind.REASONING:
+                self.reasoning += part.text
+            case PartKind.CALL:
+                self.calls.append(Call(part.text))
+            case PartKind.ARGUMENTS:
+                self.calls[part.call].arguments += part.text
+
+
+def call_id(request: Request, choice: int, call: int) -> str:
+    """The same for every reader of the request."""
+    digest = hashlib.blake2b(f"{request.id}\0{choice}\0{call}".encode(), digest_size=12)
+    return f"call_{digest.hexdigest()}"
+
+
+FINISH_WORDS = {FinishReason.EOS: "stop", FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+def finish_word(reason: FinishReason, *, has_calls: bool) -> str:
+    """OpenAI's word for an end."""
+    word = FINISH_WORDS[reason]
+    return "tool_calls" if has_calls and word == "stop" else word
+
+
+def is_parsed(request: Request) -> bool:
+    """Whether the answer is a message, which may hold reasoning and calls; else it is text."""
+    return request.kind != "text_completion"

@@ -1,0 +1,1 @@
+"""The shapes of answers, by the kind of their request."""

@@ -1,0 +1,207 @@
+"""Chat completions and completions: OpenAI's chunks, made from bytes that are fixed for a request and the JSON of a piece of text.
+
+A piece of plain text costs one JSON string. Whatever has more beside it (token ids, log probabilities, reasoning, calls, usage so far) is
+made as a whole. The end of a stream says so: `[DONE]` behind the answer, an error event and `[DONE]` otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from api.errors import error_json
+from api.feed import Piece
+from api.said import Said, call_id
+from api.sse import line_json, text_json
+from pipeline.answer_form import form_of
+from pipeline.errors import BatonError
+from pipeline.parsing import Part, PartKind
+from pipeline.protocol import Request
+from pipeline.stream import Ended, Usage
+
+DONE = b"data: [DONE]\n\n"
+
+_encode = msgspec.json.Encoder().encode
+
+
+def is_chat(request: Request) -> bool:
+    """Whether the answer is chunks with a `delta`; else they have a `text`."""
+    return request.kind == "chat.completion"
+
+
+def answer_id(request: Request) -> str:
+    """The id of an answer in OpenAI's style; made from the request's, so every reader of a request sees the same one."""
+    return f"{'chatcmpl' if is_chat(request) else 'cmpl'}-{request.id}"
+
+
+def answer_head(request: Request, kind: str) -> dict[str, Any]:
+    """The fields in front of every answer and chunk; the service tier only where one was asked for."""
+    head: dict[str, Any] = {
+        "id": answer_id(request),
+        "object": kind,
+        "created": request.created_s,
+        "model": request.input.model,
+    }
+    if tier := form_of(request).service_tier:
+        head["service_tier"] = tier
+    return head
+
+
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    """Usage as OpenAI counts it."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+class OpenAIShape:
+    """`reasoning_field`: the name of a message's reasoning, which OpenAI's chats do not have."""
+
+    def __init__(self, reasoning_field: str) -> None:
+        self._reasoning_field = reasoning_field
+
+    def events(self, request: Request, begun: Sequence[bool] = ()) -> OpenAIEvents:
+        """`begun`: the choices whose first event somebody else has sent."""
+        return OpenAIEvents(request, self._reasoning_field, begun)
+
+    def whole(self, request: Request, said: Sequence[Said], ended: Ended) -> dict[str, Any]:
+        """The answer as one object."""
+        choices = [self.choice(request, index, one) for index, one in enumerate(said)]
+        return {**answer_head(request, request.kind), "choices": choices, "usage": usage_fields(ended.usage)}
+
+    def choice(self, request: Request, index: int, said: Said) -> dict[str, Any]:
+        """One choice of it."""
+        fields: dict[str, Any] = (
+            {"message": self._message(request, index, said)} if is_chat(request) else {"text": said.content}
+        )
+        if form_of(request).return_token_ids:
+            fields |= {"token_ids": said.token_ids, "prompt_token_ids": request.input.token_ids}
+        if said.logprobs is not None:
+            fields["logprobs"] = said.logprobs
+        return {"index": index, **fields, "finish_reason": said.finish}
+
+    def _message(self, request: Request, index: int, said: Said) -> dict[str, Any]:
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": said.content if not said.calls or said.content else None,
+        }
+        if said.reasoning:
+            message[self._reasoning_field] = said.reasoning
+        if said.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call_id(request, index, number),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for number, call in enumerate(said.calls)
+            ]
+        return message
+
+
+class OpenAIEvents:
+    """The events of one answer. All choices' fixed parts are made once."""
+
+    def __init__(self, request: Request, reasoning_field: str, begun: Sequence[bool] = ()) -> None:
+        chat, form = is_chat(request), form_of(request)
+        self._request = request
+        self._reasoning_field = reasoning_field
+        self._tells_tokens, self._counts = form.return_token_ids, form.continuous_usage
+        self._base = _encode(answer_head(request, "chat.completion.chunk" if chat else "text_completion"))[:-1]
+        choices = range(request.input.sampling_options.n)
+        before, self._after_text = (
+            (b'"delta":{"content":', b'},"finish_reason":null}]}\n\n')
+            if chat
+            else (b'"text":', b',"finish_reason":null}]}\n\n')
+        )
+        self._before_text = [self._head(choice) + before for choice in choices]
+        self._is_plain = not (self._tells_tokens or self._counts)
+        self._prompt_told = [False] * len(choices) if not begun else list(begun)
+        role = {"role": "assistant", "content": ""}
+        self.openings = [self._event(choice, {"delta": role}, None, 0) for choice in choices] if chat else []
+        self.opening = b"".join(self.openings)
+
+    def piece(self, piece: Piece, logprobs: dict[str, Any] | None, num_tokens: int) -> bytes:
+        """An event with a piece of text, which is never empty, or with tokens, whose text may be."""
+        if self._is_plain and logprobs is None and piece.parts is None:
+            return self._before_text[piece.choice] + text_json(piece.text) + self._after_text
+        fields: dict[str, Any] = self._fields(piece)
+        if self._tells_tokens:
+            fields |= self._tokens(piece.choice, piece.token_ids)
+        if logprobs is not None:
+            fields["logprobs"] = logprobs
+        return self._event(piece.choice, fields, None, num_tokens)
+
+    def finish(self, choice: int, word: str, logprobs: dict[str, Any] | None, num_tokens: int) -> bytes:
+        """The last event of a choice. Its tokens have been told."""
+        fields: dict[str, Any] = {"delta": {}} if is_chat(self._request) else {"text": ""}
+        if self._tells_tokens:
+            fields |= self._tokens(choice, ())
+        if logprobs is not None:
+            fields["logprobs"] = logprobs
+        return self._event(choice, fields, word, num_tokens)
+
+    def end(self, ended: Ended) -> bytes:
+        """Usage for those who asked for it, and the word that says that nothing is missing."""
+        return (self.usage(ended.usage) if self._request.include_usage else b"") + DONE
+
+    def usage(self, usage: Usage) -> bytes:
+        """The event after the last choice; it has no choices."""
+        return b"data: " + self._base + b',"choices":[],"usage":' + _encode(usage_fields(usage)) + b"}\n\n"
+
+    def error(self, error: BatonError) -> bytes:
+        """The end of a stream that did not become an answer."""
+        return error_events(error)
+
+    def _fields(self, piece: Piece) -> dict[str, Any]:
+        if not is_chat(self._request):
+            return {"text": piece.text}
+        return {"delta": {"content": piece.text} if piece.parts is None else self._delta(piece.choice, piece.parts)}
+
+    def _delta(self, choice: int, parts: Sequence[Part]) -> dict[str, Any]:
+        """All parts of a piece in one delta: an event is one place to go on from."""
+        delta: dict[str, Any] = {}
+        calls: dict[int, dict[str, Any]] = {}
+        for part in parts:
+            match part.kind:
+                case PartKind.CONTENT:
+                    delta["content"] = delta.get("content", "") + part.text
+                case PartKind.REASONING:
+                    delta[self._reasoning_field] = delta.get(self._reasoning_field, "") + part.text
+                case PartKind.CALL:
+                    opened = {"id": call_id(self._request, choice, part.call), "type": "function"}
+                    calls[part.call] = {"index": part.call, **opened, "function": {"name": part.text, "arguments": ""}}
+                case PartKind.ARGUMENTS:
+                    call = calls.setdefault(part.call, {"index": part.call, "function": {"arguments": ""}})
+                    call["function"]["arguments"] += part.text
+        return {**delta, "tool_calls": list(calls.values())} if calls else delta
+
+    def _tokens(self, choice: int, token_ids: Sequence[int]) -> dict[str, Any]:
+        """Those of an event, and the prompt's in the first one of a choice, as vLLM tells them."""
+        is_first, self._prompt_told[choice] = not self._prompt_told[choice], True
+        prompt = {"prompt_token_ids": self._request.input.token_ids} if is_first else {}
+        return {"token_ids": token_ids, **prompt}
+
+    def _event(self, choice: int, fields: dict[str, Any], word: str | None, num_tokens: int) -> bytes:
+        said = line_json({**fields, "finish_reason": word})[1:]
+        return self._head(choice) + said + b"]" + self._usage_so_far(num_tokens) + b"}\n\n"
+
+    def _usage_so_far(self, num_tokens: int) -> bytes:
+        if not self._counts:
+            return b""
+        prompt = len(self._request.input.token_ids)
+        counts = {"prompt_tokens": prompt, "completion_tokens": num_tokens, "total_tokens": prompt + num_tokens}
+        return b',"usage":' + _encode(counts)
+
+    def _head(self, choice: int) -> bytes:
+        return b"data: " + self._base + b',"choices":[{"index":%d,' % choice
+
+
+def error_events(error: BatonError) -> bytes:
+    """An error event and `[DONE]`; the error has one line, as JSON always has here."""
+    return b"data: " + error_json(error) + b"\n\n" + DONE
