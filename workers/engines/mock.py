@@ -68,6 +68,7 @@ class MockRunner:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             prefix_cache=settings.prefix_cache,
+            vocab_size=settings.vocab_size,
         )
 
     async def run(self, rows: Sequence[Row]) -> list[Chosen]:

@@ -13,7 +13,7 @@ from workers.engine import EngineInfo, EngineStats, Prefilled
 from workers.engines.paged.blocks import BlockPool
 from workers.engines.paged.exchange import ExportedBlocks, FetchedBlocks
 from workers.engines.paged.jobs import Job, cancelled, new_job
-from workers.engines.paged.refusals import refuse_foreign, refuse_unserved, unserved_fields
+from workers.engines.paged.refusals import refuse_foreign, refuse_foreign_tokens, refuse_unserved
 from workers.engines.paged.runner import Runner, RunnerInfo
 from workers.engines.paged.scheduler import Scheduler
 from workers.engines.paged.stepper import LoggedStep, Stepper
@@ -47,6 +47,7 @@ class PagedEngine:
             )
         await self._transfer.start(self._runner.device)
         self._info = describe(runner)
+        self._vocab_size = runner.vocab_size
         self._pool = BlockPool(runner.num_blocks, runner.block_size, prefix_cache=runner.prefix_cache)
         self._scheduler = Scheduler(
             self._pool, max_num_seqs=runner.max_num_seqs, max_num_batched_tokens=runner.max_num_batched_tokens
@@ -166,7 +167,8 @@ class PagedEngine:
             raise EngineDied(f"request {request.request_id}: the engine is closed")
         if self._stepper.job(request.request_id) is not None:
             raise Unservable(f"request {request.request_id} is already in this engine")
-        refuse_unserved(request, done, self.info, unserved_fields(request))
+        refuse_unserved(request, done, self.info)
+        refuse_foreign_tokens(request, self._vocab_size)
 
     def _require(self, job: Job) -> None:
         """Raise where the job was cancelled while its coroutine had yet to go on: its blocks are no longer its own."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 
 from pipeline.protocol import SamplingOptions
+from workers.engines.paged.shaping import Shaping
 from workers.transfer import Memory
 
 
@@ -20,6 +21,7 @@ class Draw(msgspec.Struct, frozen=True, gc=False):
     index: int  # of the token in its choice's log
     banned: tuple[int, ...]  # ids that may not come now
     eos_token_ids: tuple[int, ...]
+    shaping: Shaping | None = None  # where more than the options decides, or log probabilities are told
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):
@@ -41,7 +43,15 @@ class RowFailure(msgspec.Struct, frozen=True):
     message: str
 
 
-Chosen = int | RowFailure
+class Scored(msgspec.Struct, frozen=True):
+    """A token with its log probability, and the likeliest tokens at its place, best first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+Chosen = int | Scored | RowFailure  # scored where its draw asks for log probabilities
 
 
 class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +67,7 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     prefix_cache: bool
+    vocab_size: int  # logits of a position
 
 
 class Runner(Protocol):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pipeline.protocol import BackendInput, FinishReason
 from workers.engines.paged.blocks import chain_hash, new_table, root_hash
 from workers.engines.paged.runner import Draw
+from workers.engines.paged.shaping import Constraint, Shaping, shaping_of
 
 
 class Place(enum.Enum):
@@ -43,6 +44,11 @@ class Sequence:
     leader: Sequence | None = None  # while FOLLOWING
     followers: list[Sequence] = field(default_factory=list)
     fetch_tokens: int = 0  # tokens whose blocks come from a handle, on first admission
+    constraint: Constraint | None = None
+    shaping: Shaping | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shaping = shaping_of(self.request, self.output, self.constraint)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -92,9 +98,8 @@ class Sequence:
         stop = self.request.stop_conditions
         early = stop.min_tokens is not None and len(self.output) < stop.min_tokens
         banned = (*self.request.eos_token_ids, *(stop.stop_token_ids or ())) if early else ()
-        return Draw(
-            self.request.sampling_options, self.choice, len(self.output), banned, tuple(self.request.eos_token_ids)
-        )
+        eos = tuple(self.request.eos_token_ids)
+        return Draw(self.request.sampling_options, self.choice, len(self.output), banned, eos, self.shaping)
 
 
 def salt_of(request: BackendInput) -> str:

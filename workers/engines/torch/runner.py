@@ -97,6 +97,7 @@ class TorchRunner:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             prefix_cache=settings.prefix_cache,
+            vocab_size=eager.shape[-1],
         )
 
     @torch.inference_mode()
