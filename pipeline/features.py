@@ -8,7 +8,7 @@ GUIDED_DECODING, LOGPROBS, PROMPT_LOGPROBS, LORA = "guided_decoding", "logprobs"
 MIN_P, PENALTIES, LOGIT_BIAS = "min_p", "penalties", "logit_bias"
 
 SERVED: dict[str, frozenset[str]] = {
-    "torch": frozenset({LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS}),
+    "torch": frozenset({GUIDED_DECODING, LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS}),
     "vllm": frozenset({GUIDED_DECODING, LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS, LORA}),
 }  # by engine; of the others none
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
-from pipeline.protocol import SamplingOptions
-from workers.engines.paged.shaping import Shaping
+from pipeline.protocol import BackendInput, SamplingOptions
+from workers.engines.paged.shaping import Constraint, Shaping
 from workers.transfer import Memory
 
 
@@ -79,6 +79,13 @@ class Runner(Protocol):
 
     async def run(self, rows: Sequence[Row]) -> list[Chosen]:
         """Compute a step; returns one token for each draw, in order of rows and draws. Leaves the event loop free."""
+        ...
+
+    async def constrain(self, request: BackendInput, logs: Mapping[int, Sequence[int]]) -> Mapping[int, Constraint]:
+        """The grammar of a request that has one, for each choice of `logs`, behind its log. Leaves the event loop and steps free.
+
+        Raises `Unservable` where it is no grammar, where a log leaves it, and where the model has none.
+        """
         ...
 
     def copy_block(self, source: int, target: int) -> None:

@@ -11,23 +11,25 @@ The result for a row does not depend on what else is in the batch, up to the noi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
 from workers.engines.paged.randomness import uniforms
 from workers.engines.paged.runner import Chosen, Draw, RowFailure
 from workers.engines.paged.shaping import Shaping
+from workers.engines.torch.grammars import GrammarConstraint, mask
 from workers.engines.torch.logprobs import log_probabilities, told
 from workers.engines.torch.penalties import add_bias, penalize
 
+NOT_FINITE = RowFailure("the model gave logits that are not finite")
 Shaped = list[tuple[int, Shaping]]  # rows that are shaped, and by what
 
 
 def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Chosen]:
     """One token id for each draw from its row of `logits` [draws, vocabulary], which are changed; scored where a draw asks for it."""
     shaped = [(row, draw.shaping) for row, draw in enumerate(draws) if draw.shaping is not None]
-    for _, shaping in shaped:
-        shaping.follow()
+    failures = constrain(logits, shaped) if shaped else {}
     asked = {row: shaping.logprobs for row, shaping in shaped if shaping.logprobs is not None}
     logs = log_probabilities(logits, list(asked)) if asked else None
     ban(logits, draws)
@@ -36,17 +38,28 @@ def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Chosen]:
     best = logits.amax(dim=-1)
     chosen = tokens_of(logits, draws)
     scores = told(logs, asked, chosen) if logs is not None else {}
-    return [
-        scores.get(row, token) if is_sound else RowFailure("the model gave logits that are not finite")
-        for row, (token, is_sound) in enumerate(zip(chosen, torch.isfinite(best).tolist(), strict=True))
-    ]
+    sound = torch.isfinite(best).tolist()
+    failures |= {row: NOT_FINITE for row, is_sound in enumerate(sound) if not is_sound and row not in failures}
+    return [failures[row] if row in failures else scores.get(row, token) for row, token in enumerate(chosen)]
+
+
+def constrain(logits: torch.Tensor, shaped: Shaped) -> dict[int, RowFailure]:
+    """Take in the tokens since the last step and leave in each row what its grammar allows; returns the rows whose grammar has failed."""
+    for _, shaping in shaped:
+        shaping.follow()
+    rows = [(row, shaping.constraint) for row, shaping in shaped if shaping.constraint is not None]
+    return mask(logits, cast("list[tuple[int, GrammarConstraint]]", rows)) if rows else {}
 
 
 def ban(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
-    """What may not come now cannot be chosen. `logits` are changed."""
+    """What may not come now cannot be chosen, unless a grammar leaves nothing else. `logits` are changed."""
     for row, draw in enumerate(draws):
-        if draw.banned:
-            logits[row, [token for token in draw.banned if token < logits.shape[-1]]] = -torch.inf
+        banned = [token for token in draw.banned if token < logits.shape[-1]]
+        if banned:
+            kept = logits[row, banned]
+            logits[row, banned] = -torch.inf
+            if draw.shaping is not None and draw.shaping.constraint is not None and logits[row].amax() == -torch.inf:
+                logits[row, banned] = kept
 
 
 def shape(logits: torch.Tensor, shaped: Shaped) -> None:

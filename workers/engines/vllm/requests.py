@@ -30,9 +30,8 @@ def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens
 
     sampling, stop = request.sampling_options, request.stop_conditions
     ours = needs_processor(sampling)
-    eos = (
-        () if stop.ignore_eos else (token for token in request.eos_token_ids if token < vocab_size)
-    )  # it dies of others
+    goes_on = stop.ignore_eos and sampling.guided_decoding is None  # behind a grammar nothing may follow
+    eos = () if goes_on else (token for token in request.eos_token_ids if token < vocab_size)  # it dies of others
     keyed = Keyed(options=sampling, choice=choice, done=done)
     return SamplingParams(
         temperature=0.0 if is_keyed(sampling) else sampling.temperature,
