@@ -11,13 +11,24 @@ from typing import Any
 
 import jsonschema_rs
 import msgspec
+import numpy as np
 import pytest
+import torch
 
 from pipeline.builtin import BUILTIN_MODEL
 from pipeline.errors import Unservable
 from pipeline.protocol import BackendInput, FinishReason, GuidedDecoding, Log
 from pipeline.tokenizer import Tokenizer
-from tests.contract.engines import Engines, prompt, request_of, stopping, with_output, write_model
+from tests.contract.engines import (
+    Engines,
+    prompt,
+    request_of,
+    require_cuda,
+    stopping,
+    with_output,
+    write_model,
+)
+from workers.engines.torch.grammars import leave
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "person": {
@@ -250,3 +261,20 @@ async def test_while_a_grammar_is_compiled_others_go_on_and_its_request_may_be_c
         await one.finished(renamed(asked, "again"))
         await one.engine.cancel("running")
         assert ("heavy", 0) not in one.tokens
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9])
+@pytest.mark.parametrize(("size", "rows"), [(64, [1, 2, 3]), (93, [0, 2, 4]), (200_001, [0, 1, 4])])
+def test_what_has_no_bit_is_left_out(size: int, rows: list[int], share: float, device: str) -> None:
+    if device == "cuda":
+        require_cuda()
+    generator = np.random.default_rng(1)
+    flags = generator.random((3, -(-size // 32) * 32)) < share
+    bits = np.packbits(flags, axis=1, bitorder="little").view(np.int32)
+    logits = torch.from_numpy(generator.standard_normal((5, size)).astype(np.float32)).to(device)
+    expected = logits.clone()
+    for row, allowed in zip(rows, flags, strict=True):
+        expected[row, ~torch.from_numpy(allowed[:size]).to(device)] = -torch.inf
+    leave(logits, rows, bits)
+    assert torch.equal(logits, expected)

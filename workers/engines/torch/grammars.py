@@ -25,6 +25,7 @@ from pipeline.tokenizer import Tokenizer
 from workers.engines.paged.runner import RowFailure
 
 KEPT = 64  # compiled grammars
+CACHED = 2**18  # logits that are masked at a time on a CPU
 Bits = NDArray[np.int32]
 
 
@@ -109,12 +110,8 @@ def mask(logits: torch.Tensor, rows: Sequence[tuple[int, GrammarConstraint]]) ->
     bits = np.zeros((len(rows), grammars.words), dtype=np.int32)
     matchers = [constraint.matcher for _, constraint in rows]
     fill_next_token_bitmask_par(grammars.executor, list(zip(matchers, range(len(rows)), strict=True)), bits)
-    allowed = allowed_tokens(bits, logits)
     indices = [row for row, _ in rows]
-    if len(indices) == len(logits):
-        logits.masked_fill_(~allowed, -torch.inf)
-    else:
-        logits[indices] = logits[indices].masked_fill_(~allowed, -torch.inf)
+    leave(logits, indices, bits)
     return {
         row: RowFailure(f"its grammar cannot go on: {shortened(matcher.get_error())}")
         for row, matcher in zip(indices, matchers, strict=True)
@@ -122,15 +119,32 @@ def mask(logits: torch.Tensor, rows: Sequence[tuple[int, GrammarConstraint]]) ->
     }
 
 
-def allowed_tokens(bits: Bits, logits: torch.Tensor) -> torch.Tensor:
-    """Bits, the lowest first, as booleans for each of the logits, on their device."""
+def leave(logits: torch.Tensor, rows: Sequence[int], bits: Bits) -> None:
+    """Set to minus infinity in these ascending rows of `logits` what has no bit, the lowest bit first.
+
+    As a minimum with plus or minus infinity, some rows at a time that fit into a cache: filling by a mask looks at each number for
+    itself, and takes three to ten times as long on a CPU.
+    """
     size = logits.shape[-1]
-    if logits.device.type == "cpu":  # numpy does it several times faster
-        flags = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
-        return torch.from_numpy(flags[:, :size].view(np.bool_))
-    words = torch.from_numpy(bits).to(logits.device, non_blocking=True)
-    spread = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)
-    return (spread & 1).bool().flatten(1)[:, :size]
+    count = max(1, CACHED // size) if logits.device.type == "cpu" else len(rows)
+    for first in range(0, len(rows), count):
+        some = list(rows[first : first + count])
+        limits = limits_of(bits[first : first + count], logits.device)[:, :size]
+        if some[-1] - some[0] + 1 == len(some):
+            run = logits[some[0] : some[-1] + 1]
+            torch.minimum(run, limits, out=run)
+        else:
+            logits[some] = torch.minimum(logits[some], limits)
+
+
+def limits_of(bits: Bits, device: torch.device) -> torch.Tensor:
+    """Infinity where there is a bit, minus infinity elsewhere."""
+    if device.type == "cpu":
+        flags = torch.from_numpy(np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little"))
+    else:
+        words = torch.from_numpy(bits).to(device, non_blocking=True)
+        flags = ((words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1).flatten(1)
+    return flags.float().sub_(0.5).mul_(torch.inf)
 
 
 def grammars_of(pool: PoolSettings, vocab_size: int) -> Grammars:

@@ -21,12 +21,12 @@ def scored(logs: torch.Tensor, tokens: Sequence[int], asked: Sequence[int]) -> l
     own = logs.gather(-1, torch.tensor(tokens, device=logs.device)[:, None])[:, 0].tolist()
     most = min(MOST, logs.shape[-1]) if any(asked) else 0  # never fewer: what a row gets does not depend on the others
     values, ids = (part.cpu().numpy() for part in logs.topk(most, dim=-1))
-    found = []
-    for token, value, likeliest, row_ids, count in zip(tokens, own, values, ids, asked, strict=True):
-        order = np.lexsort((row_ids, -likeliest))[:count]
-        top = list(zip(row_ids[order].tolist(), likeliest[order].tolist(), strict=True))
-        found.append(Scored(token, value, top))
-    return found
+    order = np.lexsort((ids, -values))
+    best = np.take_along_axis(ids, order, -1).tolist(), np.take_along_axis(values, order, -1).tolist()
+    return [
+        Scored(token, value, list(zip(row_ids[:count], row[:count], strict=True)))
+        for token, value, row_ids, row, count in zip(tokens, own, *best, asked, strict=True)
+    ]
 
 
 def told(logs: torch.Tensor, asked: Mapping[int, int], chosen: Sequence[int]) -> dict[int, Scored]:
