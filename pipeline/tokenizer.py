@@ -127,6 +127,18 @@ class Tokenizer:
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     @property
+    def known_tokens(self) -> int:
+        """Ids that the tokenizer has, added ones among them; models may have fewer or more."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def as_json(self) -> str:
+        """The tokenizer as a `tokenizer.json`, of which no text is padded or cut."""
+        plain = TokenizerBackend.from_str(self._backend.to_str())
+        plain.no_padding()
+        plain.no_truncation()
+        return plain.to_str()
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model can be talked to in messages."""
         return self._hf.chat_template is not None
