@@ -41,6 +41,9 @@ class PoolSettings(Section, frozen=True, kw_only=True):
     engine: Literal["torch", "vllm", "mock"] = "torch"
     tokenizer: str = ""  # empty: the model's own; "none": token ids in, token ids out
     max_model_len: Amount = 0  # 0: what the model says
+    embeddings: bool = False  # /v1/embeddings, by embed workers
+    pooling: Literal["auto", "last", "mean", "cls"] = "auto"  # auto: what the model's own files say, else last
+    matryoshka: bool = False  # whether its vectors may be cut to the `dimensions` of a request
     loras: str = ""  # NAME=FOLDER NAME2=FOLDER2: adapters of the model, each a model of its own in the API
 
     @property

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pipeline.errors import InvalidRequest
 
 GUIDED_DECODING, LOGPROBS, LORA = "guided_decoding", "logprobs", "lora"
+EMBEDDINGS = "embeddings"
 
 SERVED: dict[str, frozenset[str]] = {
-    "vllm": frozenset({GUIDED_DECODING, LOGPROBS, LORA})
+    "torch": frozenset({EMBEDDINGS}),
+    "vllm": frozenset({GUIDED_DECODING, LOGPROBS, LORA}),
 }  # by engine; of the others none
 
 

@@ -60,8 +60,25 @@ class Preprocessor:
             token_ids = self._reader("prompt").encode(prompt, add_special_tokens=True)
             return self._assemble(request_id, token_ids, wanted, param="prompt")
         ready = self._assemble(request_id, list(prompt), wanted, param="prompt")
-        self._check_ids(prompt, "prompt")  # after the length: there may be millions
+        self.check_ids(prompt, "prompt")  # after the length: there may be millions
         return ready
+
+    def embedding(self, given: str | list[int], param: str) -> list[int]:
+        """Token ids of one input to be embedded, which may fill the whole context. Raises InvalidRequest and ContextLengthExceeded."""
+        if not given:
+            raise InvalidRequest("an input is empty: there is nothing to embed", param=param)
+        if isinstance(given, str) and isinstance(self.tokenizer, NoTokenizer):
+            raise InvalidRequest(
+                f"model {self.model!r} is served without a tokenizer: send token ids as input", param=param
+            )
+        token_ids = self._reader(param).encode(given, add_special_tokens=True) if isinstance(given, str) else given
+        if not 0 < len(token_ids) <= self.max_model_len:
+            raise ContextLengthExceeded(
+                f"model {self.model!r} takes 1 to {self.max_model_len} tokens; this input has {len(token_ids)}",
+                param=param,
+            )
+        self.check_ids(token_ids, param)
+        return token_ids
 
     def _reader(self, param: str) -> Tokenizer:
         """Who reads text. Raises InvalidRequest where nobody does."""
@@ -76,7 +93,7 @@ class Preprocessor:
     def _assemble(self, request_id: str, token_ids: list[int], wanted: Wanted, *, param: str) -> BackendInput:
         if wanted.stop.stop:
             self._reader("stop")
-        self._check_ids(wanted.stop.stop_token_ids or [], "stop_token_ids")
+        self.check_ids(wanted.stop.stop_token_ids or [], "stop_token_ids")
         max_tokens = self._fit(len(token_ids), wanted.stop.max_tokens, param)
         if (wanted.stop.min_tokens or 0) > max_tokens:
             raise InvalidRequest(f"min_tokens is more than the {max_tokens} tokens that may come", param="min_tokens")
@@ -104,7 +121,8 @@ class Preprocessor:
             )
         return min(self.default_max_tokens, remaining) if max_tokens is None else max_tokens
 
-    def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
+    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raises InvalidRequest for the first id that is not in the model's vocabulary."""
         size = self.tokenizer.vocab_size
         for position, token_id in enumerate(token_ids):
             if not 0 <= token_id < size:
