@@ -155,7 +155,7 @@ _completion_decoder = msgspec.json.Decoder(CompletionBody)
 
 def chat_body(raw: bytes) -> ChatBody:
     """Decode and check a chat request. Raises InvalidRequest with the path of the first thing that is wrong."""
-    body: ChatBody = _decode(_chat_decoder, raw)
+    body: ChatBody = decoded(_chat_decoder, raw)
     _check_common(body)
     if body.return_token_ids:
         raise _unsupported("return_token_ids")
@@ -169,7 +169,7 @@ def chat_body(raw: bytes) -> ChatBody:
 
 def completion_body(raw: bytes) -> CompletionBody:
     """Decode and check a completion request. Raises InvalidRequest with the path of the first thing that is wrong."""
-    body: CompletionBody = _decode(_completion_decoder, raw)
+    body: CompletionBody = decoded(_completion_decoder, raw)
     _check_common(body)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of other than n is not supported", param="best_of", code="unsupported_parameter")
@@ -250,7 +250,7 @@ def _constraint(body: ChatBody | CompletionBody) -> tuple[str, GuidedDecoding] |
     return guided_decoding({name: getattr(body, name) for name in _CONSTRAINING})
 
 
-def digest(body: ChatBody | CompletionBody) -> str:
+def digest(body: msgspec.Struct) -> str:
     """Equal for bodies that ask for the same answer: the order of fields, `null`, and what changes only the way there do not count."""
     asked = {name: getattr(body, name) for name in body.__struct_fields__ if name not in _SAME_ANSWER}
     return xxhash.xxh3_128_hexdigest(_canonical({name: value for name, value in asked.items() if value is not None}))
@@ -279,7 +279,8 @@ def _unsupported(param: str) -> InvalidRequest:
     return InvalidRequest(f"{param} is not supported", param=param, code="unsupported_parameter")
 
 
-def _decode(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
+def decoded(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
+    """A body. Raises InvalidRequest with the path of the first thing that is wrong."""
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
