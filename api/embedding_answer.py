@@ -122,15 +122,15 @@ class EmbeddingAnswer(Response):
 
     def _body_of(self, vectors: list[bytes]) -> Callable[[], bytes]:
         tokens = sum(len(part.request.input.token_ids) for part in self._parts)
-        to_json = as_base64 if self._as_base64 else as_floats
+        to_json, encode = as_base64 if self._as_base64 else as_floats, msgspec.json.Encoder().encode
 
         def write() -> bytes:
-            data = [
-                {"object": "embedding", "index": index, "embedding": to_json(vector)}
+            data = [  # one at a time: the interpreter's lock is held for as long as one call encodes
+                msgspec.Raw(encode({"object": "embedding", "index": index, "embedding": to_json(vector)}))
                 for index, vector in enumerate(vectors)
             ]
             usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-            return msgspec.json.encode({"object": "list", "data": data, "model": self._pool.name, "usage": usage})
+            return encode({"object": "list", "data": data, "model": self._pool.name, "usage": usage})
 
         return write
 

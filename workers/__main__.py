@@ -14,7 +14,7 @@ import structlog
 import uvloop
 
 import pipeline
-from pipeline.config import Settings
+from pipeline.config import PoolSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, ConfigError
 from pipeline.exits import Exit, exit_for
@@ -69,6 +69,7 @@ def main() -> None:
         name = arguments.name or new_process_name(arguments.stage)
         configure(settings.log, name)
         pool = only_pool(settings, arguments.pool)
+        check_embeds(settings.pools[pool], pool, arguments.stage, has_app=app is not None)
         if app is None:
             uvloop.run(run(settings, pool, arguments.stage, name))
         else:
@@ -89,6 +90,19 @@ def app_of(stage: str, app: str) -> Stages | None:
     stages = load_stages(app)
     stages.on(stage)
     return stages
+
+
+def check_embeds(settings: PoolSettings, pool: str, stage: str, *, has_app: bool) -> None:
+    """Raises `ConfigError` where the queue `embed` is not for whom this worker would work."""
+    if stage != EMBED or settings.embeddings != has_app:
+        return
+    if has_app:
+        raise ConfigError(
+            f"--app: pools.{pool}.embeddings is true, so its queue {EMBED} is Baton's own: name yours otherwise"
+        )
+    raise ConfigError(
+        f"pools.{pool}.embeddings is false, so nothing would come: set it to true for the API and this worker"
+    )
 
 
 def only_pool(settings: Settings, wanted: str) -> str:

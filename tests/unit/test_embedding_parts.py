@@ -14,6 +14,7 @@ from api.embeddings import dimensions_of, embedding_body, several
 from pipeline.config import PoolSettings, QueueSettings
 from pipeline.embeddings import PART_TOKENS, asked_of, embedding_request, offer_of, parts_of, vectors_of
 from pipeline.errors import ConfigError, EngineError, InvalidRequest, RequestFailed, Unservable, WireError
+from workers.__main__ import check_embeds
 from workers.engine import EngineInfo, load_embedding_engine
 from workers.engines.embedding import BatchedEmbedding, packed
 
@@ -173,6 +174,16 @@ async def test_a_batch_that_fails_fails_its_requests_and_no_others():
 def test_engines_without_embeddings_say_so_before_anything_is_loaded():
     with pytest.raises(ConfigError, match=r"'vllm' makes no embeddings, only torch does"):
         load_embedding_engine(PoolSettings(engine="vllm"), None)
+
+
+def test_the_queue_embed_is_either_batons_or_ones_own():
+    check_embeds(PoolSettings(embeddings=True), "p", "embed", has_app=False)
+    check_embeds(PoolSettings(), "p", "embed", has_app=True)
+    check_embeds(PoolSettings(), "p", "decode", has_app=False)
+    with pytest.raises(ConfigError, match=r"pools\.p\.embeddings is false, so nothing would come"):
+        check_embeds(PoolSettings(), "p", "embed", has_app=False)
+    with pytest.raises(ConfigError, match="its queue embed is Baton's own"):
+        check_embeds(PoolSettings(embeddings=True), "p", "embed", has_app=True)
 
 
 def sentence_model(folder: Path, config: dict, *, normalizes: bool = True) -> str:
