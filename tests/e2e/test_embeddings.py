@@ -219,6 +219,7 @@ async def test_without_a_worker_requests_wait_as_long_as_they_say_and_health_tel
         await served.system.until(told)
         answer = await asking
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "queue_timeout")
+    assert answer.json()["error"]["message"] == "the request's time ran out in embed"
     await served.system.until(served.rests)
 
 
