@@ -12,6 +12,7 @@ from api.shape import Shape
 from api.shapes.openai import OpenAIShape
 from pipeline.client import PoolClient
 from pipeline.config import ApiSettings
+from pipeline.embeddings import Offer
 from pipeline.errors import ModelNotFound
 from pipeline.preprocess import Preprocessor
 from pipeline.redis_health import RedisWatch
@@ -26,6 +27,7 @@ class ServedPool:
     client: PoolClient
     created_s: int
     engine: str = "torch"  # what its workers run: not every engine serves everything
+    embeddings: Offer | None = None  # what it gives at /v1/embeddings; None: nothing
     loras: tuple[str, ...] = ()  # adapters of its model, each a model of its own to clients
 
 

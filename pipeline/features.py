@@ -6,9 +6,10 @@ from pipeline.errors import InvalidRequest
 
 GUIDED_DECODING, LOGPROBS, PROMPT_LOGPROBS, LORA = "guided_decoding", "logprobs", "prompt_logprobs", "lora"
 MIN_P, PENALTIES, LOGIT_BIAS = "min_p", "penalties", "logit_bias"
+EMBEDDINGS = "embeddings"
 
 SERVED: dict[str, frozenset[str]] = {
-    "torch": frozenset({GUIDED_DECODING, LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS}),
+    "torch": frozenset({EMBEDDINGS, GUIDED_DECODING, LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS}),
     "vllm": frozenset({GUIDED_DECODING, LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS, LORA}),
 }  # by engine; of the others none
 
