@@ -44,6 +44,9 @@ TABLE: dict[str, KeySpec] = {
     "served": KeySpec(
         "served:{0}", "set of ids", "admit", "member until the request ends or the sweep finds its API gone"
     ),
+    "held": KeySpec(
+        "held:{0}", "set of ids", "admit", "member until the request ends: what waits and runs of one API key"
+    ),
     "stages": KeySpec("stages", "set of names", "admit, renew", "kept"),
     "swept": KeySpec("swept", "hash", "sweep", "kept"),
     "settings": KeySpec("settings", "hash", "operator", "kept"),
@@ -151,6 +154,10 @@ class PoolKeys:
     def served(self, api: str) -> str:
         """Set: requests that end when the API process that serves them does."""
         return self._of("served", api)
+
+    def held(self, owner: str) -> str:
+        """Set: the requests of an API key that have not ended."""
+        return self._of("held", owner)
 
     def settings(self) -> str:
         """Hash: router settings changed at run time, read by every API replica."""
