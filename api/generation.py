@@ -13,7 +13,6 @@ from fastapi import Request as HttpRequest
 from msgspec.structs import replace
 from starlette.responses import Response
 
-from api.access import caller_of
 from api.answers import Answer, StreamedAnswer, WholeAnswer
 from api.bodies import (
     ChatBody,
@@ -26,6 +25,7 @@ from api.bodies import (
     template_messages,
     wanted,
 )
+from api.guard import caller, check_model
 from api.headers import treatment
 from api.service import ServedPool, Service
 from api.sse import RETURN_TOKEN_IDS, SERVICE_TIER
@@ -44,10 +44,9 @@ def generation_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(http: HttpRequest) -> Response:
-        service.drain.check()
-        raw = await read_body(http, service.settings.body_limit_bytes)
+        raw = await admitted_body(service, http)
         body = chat_body(raw)
-        pool = service.pool(body.model)
+        pool = served_pool(service, http, body.model)
         check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
@@ -59,10 +58,9 @@ def generation_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
-        service.drain.check()
-        raw = await read_body(http, service.settings.body_limit_bytes)
+        raw = await admitted_body(service, http)
         body = completion_body(raw)
-        pool = service.pool(body.model)
+        pool = served_pool(service, http, body.model)
         check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
@@ -83,12 +81,16 @@ async def _answer(
     prepare: Callable[[str], BackendInput],
     body_bytes: int,
 ) -> Answer:
-    treat = treatment(http.headers)
+    who = caller(http)
+    treat = treatment(http.headers, streams=bool(body.stream))
     request_id = new_request_id(pool.name)
     ready = prepare(request_id) if body_bytes <= INLINE_BYTES else await asyncio.to_thread(prepare, request_id)
     if body.model != pool.name:
         ready = under_lora(ready, body.model)
-    lane = lane_of(body.priority, body.service_tier)
+    if service.rates is not None:
+        await service.rates.count_tokens(http, ready)
+    says_lane = body.priority is not None or body.service_tier not in (None, "auto")
+    lane = who.lane(lane_of(body.priority, body.service_tier) if says_lane else None)
     if body.service_tier is not None:
         ready = annotated(ready, f"{SERVICE_TIER}{TIER_OF_LANE[lane]}")
     options = body.stream_options
@@ -99,11 +101,11 @@ async def _answer(
         input=ready,
         include_usage=options is not None and bool(options.include_usage),
         resumable=treat.resumable,
-        owner=caller_of(http),
+        owner=who.owner,
     )
     key = treat.idempotency_key
     opening = functools.partial(
-        pool.client.submit, request, priority=lane, deadline_s=treat.timeout_s, linger_s=treat.linger_s,
+        pool.client.submit, request, priority=lane, deadline_s=treat.timeout_s, linger_s=treat.linger_s, max_held=who.max_held,
         idempotency_key=idempotency_key(request.owner, request.kind, key) if key else "", body_digest=digest(body) if key else "",
     )  # fmt: skip
     if not body.stream:
@@ -125,6 +127,23 @@ def under_lora(ready: BackendInput, name: str) -> BackendInput:
 def idempotency_key(owner: str, kind: str, key: str) -> str:
     """A client's key as the queue knows it: nobody can name the one of another caller or route."""
     return hashlib.blake2b("\0".join((owner, kind, key)).encode(), digest_size=16).hexdigest()
+
+
+async def admitted_body(service: Service, http: HttpRequest) -> bytes:
+    """The body of a request that the caller may send now; nothing is read of one that comes too soon.
+
+    Raises Draining, RateLimited, RedisUnavailable, InvalidRequest.
+    """
+    service.drain.check()
+    if service.rates is not None:
+        await service.rates.count_request(http)
+    return await read_body(http, service.settings.body_limit_bytes)
+
+
+def served_pool(service: Service, http: HttpRequest, model: str) -> ServedPool:
+    """The pool of a model that the caller may use. Raises NotAllowed, ModelNotFound."""
+    check_model(http, model)
+    return service.pool(model)
 
 
 async def read_body(http: HttpRequest, limit_bytes: int) -> bytes:

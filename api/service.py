@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from api.drain import Drain
 from api.metrics import Metrics
+from api.rate_limits import RateLimits
 from pipeline.client import PoolClient
 from pipeline.config import ApiSettings
 from pipeline.errors import ModelNotFound
@@ -35,6 +36,7 @@ class Service:
     drain: Drain
     metrics: Metrics
     redis: RedisWatch | None = None  # None where nobody looks
+    rates: RateLimits | None = None  # None where nobody has a key
 
     def redis_problems(self) -> list[str]:
         """What was wrong with Redis when it was last looked at."""

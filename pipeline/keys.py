@@ -78,6 +78,32 @@ TABLE: dict[str, KeySpec] = {
     "events": KeySpec("events", "channel", "-", "what happened to tasks and workers, as it happens"),
 }
 
+API_KEYS_ROOT = "{@keys}:"  # a hash tag that is no pool's name: API keys hold in all pools
+RATES_ROOT = "@rates"  # of the `limits` library, whose keys have the id of an API key as their hash tag
+
+# What belongs to no pool.
+SHARED: dict[str, KeySpec] = {
+    "all": KeySpec(API_KEYS_ROOT + "all", "hash digest -> API key", "`baton keys`", "kept, revoked ones too"),
+    "version": KeySpec(API_KEYS_ROOT + "version", "string us", "`baton keys`", "kept: when a key was changed last"),
+    "rates": KeySpec(
+        RATES_ROOT + ":{LIMITER/<id of the key>/...}",
+        "counter",
+        "API, by the `limits` library",
+        "two minutes after its last use",
+    ),
+}
+
+
+def api_keys() -> str:
+    """Hash: every API key by the SHA-256 of its secret."""
+    return SHARED["all"].template
+
+
+def api_keys_version() -> str:
+    """String: when an API key was changed last, so that processes know when to read them again."""
+    return SHARED["version"].template
+
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
