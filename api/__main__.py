@@ -24,13 +24,17 @@ import uvloop
 
 from api.app import create_app
 from api.drain import Drain
+from api.key_ring import KeyRing
 from api.pools import open_pool
+from api.rate_limits import RateLimits
 from pipeline import logs, settings_file
+from pipeline.api_keys import is_loopback
 from pipeline.config import ApiSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError
 from pipeline.exits import Exit, PortTaken, exit_for
 from pipeline.ids import new_process_name
+from pipeline.key_store import KeyStore, read_keys_file
 from pipeline.loras import check_model_names
 from pipeline.processes import die_with_parent
 from pipeline.redis_health import RedisWatch
@@ -78,18 +82,31 @@ async def serve(settings: Settings) -> None:
         connection = Connection(settings.redis)
         stack.push_async_callback(connection.close)
         await connection.reach()
+        keys = await load_keys(settings.api, connection)
         name = new_process_name("api")
         pools = {
             pool: await stack.enter_async_context(open_pool(pool, settings, connection, name))
             for pool in settings.pools
         }
         watch = RedisWatch(connection)
-        watching = asyncio.create_task(watch.run(), name="redis health")
-        stack.callback(watching.cancel)
-        app = create_app(settings.api, pools, drain, watch)
+        for work, task_name in ((watch.run(), "redis health"), (keys.run(), "api keys")):
+            stack.callback(asyncio.create_task(work, name=task_name).cancel)
+        app = create_app(settings.api, pools, drain, watch, keys, RateLimits(connection))
         log.info("serving", host=settings.api.host, port=listener.getsockname()[1], name=name, pools=list(pools))
         await Server(http_config(app, settings.api), drain).serve(sockets=[listener])
     log.info("left")
+
+
+async def load_keys(settings: ApiSettings, connection: Connection) -> KeyRing:
+    """Who may ask. Raises ConfigError where that is everybody who reaches the address, and nobody has said so."""
+    keys = KeyRing(
+        KeyStore(connection), read_keys_file(settings.keys_file), mode=settings.auth, host=settings.host,
+        refresh_s=settings.keys_refresh_s,
+    )  # fmt: skip
+    await keys.load()
+    if not keys.needs_key and not is_loopback(settings.host):
+        log.warning("everybody who reaches this address may use it: api.auth is off", host=settings.host)
+    return keys
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -4,35 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from sse_starlette.sse import AppStatus
+from starlette.middleware.cors import CORSMiddleware
 
 import pipeline
 from api.drain import Drain
 from api.edge import Edge, install_error_handlers
 from api.embeddings import embedding_routes
 from api.generation import generation_routes
+from api.guard import Guard, needs
+from api.key_ring import KeyRing
 from api.metrics import Metrics
 from api.probes import model_routes, probe_routes
+from api.rate_limits import HEADER_NAMES, RateLimits
 from api.requests import request_routes
 from api.service import ServedPool, Service
 from api.tokenizing import tokenizing_routes
+from pipeline.api_keys import ADMIN, INFERENCE
 from pipeline.config import ApiSettings
 from pipeline.redis_health import RedisWatch
 
+EXPOSED_HEADERS = (
+    "X-Request-Id", "X-Baton-Request-Id", "Retry-After", "retry-after-ms", "x-should-retry", *HEADER_NAMES
+)  # fmt: skip
+PREFLIGHT_S = 600  # how long a browser remembers the answer to a preflight
+
 
 def create_app(
-    settings: ApiSettings, pools: Mapping[str, ServedPool], drain: Drain | None = None, redis: RedisWatch | None = None
+    settings: ApiSettings,
+    pools: Mapping[str, ServedPool],
+    drain: Drain | None = None,
+    redis: RedisWatch | None = None,
+    keys: KeyRing | None = None,
+    rates: RateLimits | None = None,
 ) -> FastAPI:
     """The ASGI application over open pools. `drain`: given by the server that knows when the process leaves; `redis`: what
-    `/health` tells of Redis beyond whether it answers."""
+    `/health` tells of Redis beyond whether it answers; `keys` and `rates`: who may ask, and how much (None: anybody, anything)."""
     AppStatus.enable_automatic_graceful_drain = (
         False  # sse-starlette would cut every stream at SIGTERM; `Drain` ends them
     )
-    service = Service(settings, pools, drain or Drain(settings.shutdown_grace_s), Metrics(), redis)
+    service = Service(settings, pools, drain or Drain(settings.shutdown_grace_s), Metrics(), redis, rates)
     app = FastAPI(title="Baton", version=pipeline.__version__, openapi_url=None, redirect_slashes=False)
     install_error_handlers(app, service.metrics)
-    for routes in (generation_routes, embedding_routes, tokenizing_routes, request_routes, model_routes, probe_routes):
-        app.include_router(routes(service))
+    for routes in (generation_routes, embedding_routes, tokenizing_routes, model_routes):
+        app.include_router(routes(service), dependencies=[Depends(needs(INFERENCE))])
+    app.include_router(request_routes(service), dependencies=[Depends(needs(INFERENCE, ADMIN))])
+    app.include_router(probe_routes(service))
+    if keys is not None:
+        app.add_middleware(Guard, ring=keys, metrics=service.metrics, metrics_need_key=settings.metrics_need_key)
     app.add_middleware(Edge)
+    if origins := settings.cors_origins.split():  # outermost: a page is to be told of errors, too
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "HEAD", "POST", "DELETE"], allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS, max_age=PREFLIGHT_S,
+        )  # fmt: skip
     return app

@@ -22,6 +22,7 @@ from pipeline.errors import BatonError, InvalidRequest
 
 LONGEST_REQUEST_ID = 128
 REQUEST_ID = "baton.request_id"  # where the scope holds the id of the request behind the answer
+MORE_HEADERS = "baton.headers"  # where it holds headers that the answer gets, whatever it is
 
 log = structlog.get_logger("baton.api")
 
@@ -47,6 +48,8 @@ class Edge:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
                 if REQUEST_ID in scope:
                     message["headers"].append((b"x-baton-request-id", scope[REQUEST_ID].encode()))
+                for name, value in scope.get(MORE_HEADERS, {}).items():
+                    message["headers"].append((name.encode(), value.encode()))
             await send(message)
 
         with structlog.contextvars.bound_contextvars(x_request_id=request_id):
@@ -70,27 +73,15 @@ def client_request_id(given: str | None) -> str:
 def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Everything that is raised before the headers are out becomes an error body."""
 
-    def answer(request: Request, error: BatonError) -> Response:
-        metrics.refused(error.code)
-        log.info(
-            "request refused",
-            path=request.url.path,
-            status=row_of(error).status,
-            code=error.code,
-            param=getattr(error, "param", None),
-            error=str(error)[:200],
-        )
-        return error_response(error)
-
     async def on_baton_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, BatonError)
-        return answer(request, error)
+        return refusal(request, error, metrics)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if request.method == "OPTIONS" and error.status_code == 405:
             return Response(status_code=204, headers=error.headers)
-        response = answer(request, _routing_error(request, error))
+        response = refusal(request, _routing_error(request, error), metrics)
         response.headers.update(error.headers or {})
         return response
 
@@ -100,6 +91,20 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(BatonError, on_baton_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
+
+
+def refusal(request: Request, error: BatonError, metrics: Metrics) -> Response:
+    """An error as the answer to a request, counted and logged."""
+    metrics.refused(error.code)
+    log.info(
+        "request refused",
+        path=request.url.path,
+        status=row_of(error).status,
+        code=error.code,
+        param=getattr(error, "param", None),
+        error=str(error)[:200],
+    )
+    return error_response(error)
 
 
 def _routing_error(request: Request, error: HTTPException) -> BatonError:

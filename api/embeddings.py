@@ -13,10 +13,10 @@ from fastapi import Request as HttpRequest
 from msgspec import Meta
 from starlette.responses import Response
 
-from api.access import caller_of
 from api.bodies import decoded, digest
 from api.embedding_answer import EmbeddingAnswer, Part
-from api.generation import INLINE_BYTES, idempotency_key, read_body
+from api.generation import INLINE_BYTES, admitted_body, idempotency_key, served_pool
+from api.guard import caller
 from api.headers import treatment
 from api.service import ServedPool, Service
 from pipeline.embeddings import KIND, MOST_INPUTS, Offer, embedding_request, parts_of
@@ -50,15 +50,16 @@ def embedding_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/embeddings")
     async def embeddings(http: HttpRequest) -> Response:
-        service.drain.check()
-        raw = await read_body(http, service.settings.body_limit_bytes)
+        raw = await admitted_body(service, http)
         body = embedding_body(raw)
-        pool = service.pool(body.model)
+        pool = served_pool(service, http, body.model)
         offer = offered(pool, body.model)
         dimensions = dimensions_of(body, offer)
         named = several(body.input)
         prepare = functools.partial(_token_ids, pool, named)
         sequences = prepare() if len(raw) <= INLINE_BYTES else await asyncio.to_thread(prepare)
+        if service.rates is not None:
+            await service.rates.count_tokens(http, sum(map(len, sequences)))
         parts = _parts(pool, offer, http, body, sequences, dimensions)
         return EmbeddingAnswer(service, pool, parts, as_base64=body.encoding_format == "base64")
 
@@ -138,18 +139,20 @@ def _parts(
     dimensions: int | None,
 ) -> list[Part]:
     """The tasks of one request and how each is submitted. Under a key each has one of its own, so the whole can be sent again."""
-    treat, owner, created_s = treatment(http.headers), caller_of(http), int(time.time())
+    treat, who, created_s = treatment(http.headers), caller(http), int(time.time())
+    says_lane = body.priority is not None or body.service_tier not in (None, "auto")
+    lane = who.lane(lane_of(body.priority, body.service_tier) if says_lane else None)
     key, body_digest = treat.idempotency_key, digest(body) if treat.idempotency_key else ""
     parts: list[Part] = []
     for number, part in enumerate(parts_of([len(tokens) for tokens in sequences], offer.part_inputs)):
         request = embedding_request(
             new_request_id(pool.name), pool.name, sequences[part.start : part.stop], dimensions, created_s=created_s,
-            owner=owner, resumable=treat.resumable,
+            owner=who.owner, resumable=treat.resumable,
         )  # fmt: skip
         opening = functools.partial(
-            pool.client.submit, request, stage=EMBED, priority=lane_of(body.priority, body.service_tier),
+            pool.client.submit, request, stage=EMBED, priority=lane,
             deadline_s=treat.timeout_s, linger_s=treat.linger_s, body_digest=body_digest,
-            idempotency_key=idempotency_key(owner, f"{KIND} {number}", key) if key else "",
+            idempotency_key=idempotency_key(who.owner, f"{KIND} {number}", key) if key else "",
         )  # fmt: skip
         parts.append(Part(request, len(part), opening))
     return parts

@@ -33,6 +33,8 @@ TABLE: dict[str, Row] = {
     "invalid_request": Row(400, "invalid_request_error"),
     "context_length_exceeded": Row(400, "invalid_request_error"),
     "unsupported_parameter": Row(400, "invalid_request_error"),
+    "invalid_api_key": Row(401, "authentication_error"),
+    "permission_denied": Row(403, "permission_error"),
     "model_not_found": Row(404, "invalid_request_error"),
     "not_found": Row(404, "invalid_request_error"),
     "request_not_found": Row(404, "invalid_request_error"),
@@ -41,6 +43,8 @@ TABLE: dict[str, Row] = {
     "body_too_large": Row(413, "invalid_request_error"),
     "unsupported_media_type": Row(415, "invalid_request_error"),
     "cancelled": Row(499, "request_cancelled"),
+    "rate_limit_exceeded": Row(429, "rate_limit_error"),
+    "concurrency_limit_exceeded": Row(429, "rate_limit_error"),
     "resource_unavailable": Row(429, "rate_limit_error"),
     "overloaded": Row(503, "overloaded_error"),
     "refused": Row(503, "overloaded_error"),
@@ -75,13 +79,17 @@ def error_json(error: BatonError) -> bytes:
 
 
 def error_response(error: BatonError) -> Response:
-    """An error as the answer to a request whose headers have not been sent."""
+    """An error as the answer to a request whose headers have not been sent.
+
+    Clients are told whether to send it again, else the official ones do so by the status: twice, at 409 and from 500 on whatever it was.
+    """
     status = row_of(error).status
-    headers: dict[str, str] = {}
-    if isinstance(error, Refused):
+    headers = {"x-should-retry": "true" if error.retryable else "false"}
+    if isinstance(error, Refused) and error.retryable:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-    if status >= 500 and not error.retryable:
-        headers["x-should-retry"] = "false"  # else the official clients send the request again, twice
+        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     return Response(error_json(error), status, headers, "application/json")
 
 

@@ -13,7 +13,6 @@ from fastapi import Request as HttpRequest
 from msgspec.structs import replace
 from starlette.responses import Response
 
-from api.access import caller_of
 from api.answers import Answer, StreamedAnswer, WholeAnswer
 from api.asks import check_served, conversation, form, has_constraint, wanted
 from api.bodies import (
@@ -24,7 +23,9 @@ from api.bodies import (
     digest,
     single_prompt,
 )
+from api.guard import caller, check_model
 from api.headers import treatment
+from api.rate_limits import most_tokens
 from api.service import ServedPool, Service
 from api.transcript import NumberedTranscript, Transcript
 from pipeline.errors import InvalidRequest
@@ -43,29 +44,25 @@ def generation_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(http: HttpRequest) -> Response:
-        service.drain.check()
-        raw = await read_body(http, service.settings.body_limit_bytes)
+        raw = await admitted_body(service, http)
         body = chat_body(raw)
-        pool = service.pool(body.model)
+        pool = served_pool(service, http, body.model)
 
-        def prepare(request_id: str) -> BackendInput:
+        def prepare(request_id: str, tier: str) -> BackendInput:
             check_served(body, pool.engine)
-            return pool.preprocessor.chat(request_id, conversation(body), wanted(body), form(body, told_tier(body)))
+            return pool.preprocessor.chat(request_id, conversation(body), wanted(body), form(body, tier))
 
         return await _answer(service, pool, http, body, "chat.completion", prepare, len(raw))
 
     @router.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
-        service.drain.check()
-        raw = await read_body(http, service.settings.body_limit_bytes)
+        raw = await admitted_body(service, http)
         body = completion_body(raw)
-        pool = service.pool(body.model)
+        pool = served_pool(service, http, body.model)
 
-        def prepare(request_id: str) -> BackendInput:
+        def prepare(request_id: str, tier: str) -> BackendInput:
             check_served(body, pool.engine)
-            return pool.preprocessor.completion(
-                request_id, single_prompt(body), wanted(body), form(body, told_tier(body))
-            )
+            return pool.preprocessor.completion(request_id, single_prompt(body), wanted(body), form(body, tier))
 
         return await _answer(service, pool, http, body, "text_completion", prepare, len(raw))
 
@@ -78,16 +75,21 @@ async def _answer(
     http: HttpRequest,
     body: ChatBody | CompletionBody,
     kind: str,
-    prepare: Callable[[str], BackendInput],
+    prepare: Callable[[str, str], BackendInput],
     body_bytes: int,
 ) -> Answer:
-    treat = treatment(http.headers)
+    who = caller(http)
+    treat = treatment(http.headers, streams=bool(body.stream))
     request_id = new_request_id(pool.name)
+    says_lane = body.priority is not None or body.service_tier not in (None, "auto")
+    lane = who.lane(lane_of(body.priority, body.service_tier) if says_lane else None)
+    tier = "" if body.service_tier is None else TIER_OF_LANE[lane]  # told only where one was asked for
     is_light = body_bytes <= INLINE_BYTES and not has_constraint(body)
-    ready = prepare(request_id) if is_light else await asyncio.to_thread(prepare, request_id)
+    ready = prepare(request_id, tier) if is_light else await asyncio.to_thread(prepare, request_id, tier)
     if body.model != pool.name:
         ready = under_lora(ready, body.model)
-    lane = lane_of(body.priority, body.service_tier)
+    if service.rates is not None:
+        await service.rates.count_tokens(http, most_tokens(ready))
     options = body.stream_options
     request = Request(
         id=request_id,
@@ -96,11 +98,11 @@ async def _answer(
         input=ready,
         include_usage=options is not None and bool(options.include_usage),
         resumable=treat.resumable,
-        owner=caller_of(http),
+        owner=who.owner,
     )
     key = treat.idempotency_key
     opening = functools.partial(
-        pool.client.submit, request, priority=lane, deadline_s=treat.timeout_s, linger_s=treat.linger_s,
+        pool.client.submit, request, priority=lane, deadline_s=treat.timeout_s, linger_s=treat.linger_s, max_held=who.max_held,
         idempotency_key=idempotency_key(request.owner, request.kind, key) if key else "", body_digest=digest(body) if key else "",
     )  # fmt: skip
     if not body.stream:
@@ -108,11 +110,6 @@ async def _answer(
     tokenizer, shape = pool.preprocessor.tokenizer, service.openai
     transcript = NumberedTranscript.from_start if treat.resumable else Transcript
     return StreamedAnswer(service, pool, opening, lambda asked: transcript(tokenizer, asked, shape))
-
-
-def told_tier(body: ChatBody | CompletionBody) -> str:
-    """The service tier that the answer tells; empty where none was asked for."""
-    return "" if body.service_tier is None else TIER_OF_LANE[lane_of(body.priority, body.service_tier)]
 
 
 def under_lora(ready: BackendInput, name: str) -> BackendInput:
@@ -123,6 +120,23 @@ def under_lora(ready: BackendInput, name: str) -> BackendInput:
 def idempotency_key(owner: str, kind: str, key: str) -> str:
     """A client's key as the queue knows it: nobody can name the one of another caller or route."""
     return hashlib.blake2b("\0".join((owner, kind, key)).encode(), digest_size=16).hexdigest()
+
+
+async def admitted_body(service: Service, http: HttpRequest) -> bytes:
+    """The body of a request that the caller may send now; nothing is read of one that comes too soon.
+
+    Raises Draining, RateLimited, RedisUnavailable, InvalidRequest.
+    """
+    service.drain.check()
+    if service.rates is not None:
+        await service.rates.count_request(http)
+    return await read_body(http, service.settings.body_limit_bytes)
+
+
+def served_pool(service: Service, http: HttpRequest, model: str) -> ServedPool:
+    """The pool of a model that the caller may use. Raises NotAllowed, ModelNotFound."""
+    check_model(http, model)
+    return service.pool(model)
 
 
 async def read_body(http: HttpRequest, limit_bytes: int) -> bytes:

@@ -12,6 +12,9 @@ from pipeline.errors import InvalidRequest
 RESUMABLE = "X-Baton-Resumable"
 LINGER = "X-Baton-Linger"
 TIMEOUT = "X-Request-Timeout"
+READ_TIMEOUT = (
+    "x-stainless-read-timeout"  # of OpenAI's and Anthropic's Python clients: how long they wait for the next byte
+)
 IDEMPOTENCY_KEY = "Idempotency-Key"
 
 LONGEST_LINGER_S = 3600.0
@@ -32,16 +35,23 @@ class Treatment:
     idempotency_key: str = ""
 
 
-def treatment(headers: Headers) -> Treatment:
-    """What the headers ask for. Raises InvalidRequest."""
+def treatment(headers: Headers, *, streams: bool = False) -> Treatment:
+    """What the headers ask for. `streams`: the answer is a stream. Raises InvalidRequest.
+
+    A client that waits so long for the next byte and no longer gives a whole answer its deadline, if nobody can fetch the answer after
+    it has gone. In a stream each event and each ping is a byte, so there it says nothing of the end.
+    """
     resumable, key = _flag(headers, RESUMABLE), _key(headers)
     linger_s = _seconds(headers, LINGER, most=LONGEST_LINGER_S)
     if linger_s is None and not resumable:
         linger_s = KEYED_LINGER_S if key else 0.0
+    timeout_s = _timeout_s(headers)
+    if timeout_s is None and not streams and linger_s == 0:
+        timeout_s = _patience_s(headers)
     return Treatment(
         resumable=resumable,
         linger_s=linger_s,
-        timeout_s=_timeout_s(headers),
+        timeout_s=timeout_s,
         idempotency_key=key,
     )
 
@@ -58,6 +68,15 @@ def _timeout_s(headers: Headers) -> float | None:
     if seconds == 0:
         raise InvalidRequest(f"{TIMEOUT}: expected more than 0 seconds", param=TIMEOUT)
     return seconds
+
+
+def _patience_s(headers: Headers) -> float | None:
+    """The client's own header, not one of its user's: what is no time in it (`None`, `0`) is not its user's mistake."""
+    try:
+        seconds = float(headers.get(READ_TIMEOUT, ""))
+    except ValueError:
+        return None
+    return seconds if seconds > 0 and math.isfinite(seconds) else None
 
 
 def _seconds(headers: Headers, name: str, *, most: float = math.inf) -> float | None:

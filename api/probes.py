@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 import pipeline
+from api.guard import caller, check_model
 from api.service import ServedPool, Service
 from pipeline.snapshot import PoolSnapshot
 from pipeline.wording import counted
@@ -23,16 +25,14 @@ def model_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/models")
-    async def models() -> Response:
-        return _json(
-            {
-                "object": "list",
-                "data": [_model(pool, name) for pool in service.pools.values() for name in (pool.name, *pool.loras)],
-            }
-        )
+    async def models(http: HttpRequest) -> Response:
+        served = ((pool, name) for pool in service.pools.values() for name in (pool.name, *pool.loras))
+        may_use = caller(http).may_use
+        return _json({"object": "list", "data": [_model(pool, name) for pool, name in served if may_use(name)]})
 
     @router.get("/v1/models/{model:path}")
-    async def model(model: str) -> Response:
+    async def model(http: HttpRequest, model: str) -> Response:
+        check_model(http, model)
         return _json(_model(service.pool(model), model))
 
     return router

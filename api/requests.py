@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from api.access import Found, find_request
+from api.access import Found, caller_of, find_request, may_access
 from api.answers import StreamedAnswer
 from api.collected import Collected
 from api.event_ids import LAST_EVENT_ID, Place, read_event_id
@@ -58,8 +58,9 @@ def request_routes(service: Service) -> APIRouter:
     @router.post("/v1/requests/{request_id}/cancel")
     async def cancel(http: HttpRequest, request_id: str) -> Response:
         """End a request; one that has ended stays what it is."""
-        found = await find_request(service, http, request_id)
-        state, reason = await found.pool.client.queue.cancel(found.request.id, "cancelled by its client")
+        found = await find_request(service, http, request_id, for_admin=True)
+        who = "its client" if may_access(found.request, caller_of(http)) else "an administrator"
+        state, reason = await found.pool.client.queue.cancel(found.request.id, f"cancelled by {who}")
         if state == "gone":
             raise RequestNotFound(found.request.id)
         return _json({"id": found.request.id, "object": "request", "state": state, "reason": reason})

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from api.drain import Drain
 from api.metrics import Metrics
+from api.rate_limits import RateLimits
 from api.shape import Shape
 from api.shapes.openai import OpenAIShape
 from pipeline.client import PoolClient
@@ -40,6 +41,7 @@ class Service:
     drain: Drain
     metrics: Metrics
     redis: RedisWatch | None = None  # None where nobody looks
+    rates: RateLimits | None = None  # None where nobody has a key
 
     @functools.cached_property
     def openai(self) -> OpenAIShape:

@@ -13,7 +13,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from api.bodies import decoded, unsupported
-from api.generation import INLINE_BYTES, read_body
+from api.generation import INLINE_BYTES, admitted_body, served_pool
 from api.messages import (
     ChatMessage,
     Tool,
@@ -64,17 +64,17 @@ def tokenizing_routes(service: Service) -> APIRouter:
     @router.post("/tokenize")
     @router.post("/v1/tokenize")
     async def tokenize(http: HttpRequest) -> Response:
-        raw = await read_body(http, service.settings.body_limit_bytes)
+        raw = await admitted_body(service, http)
         body = tokenize_body(raw)
-        pool = _pool_of(service, body.model)
+        pool = _pool_of(service, http, body.model)
         return await _answer(len(raw), lambda: tokenized(pool, body))
 
     @router.post("/detokenize")
     @router.post("/v1/detokenize")
     async def detokenize(http: HttpRequest) -> Response:
-        raw = await read_body(http, service.settings.body_limit_bytes)
+        raw = await admitted_body(service, http)
         body: DetokenizeBody = decoded(_detokenize_decoder, raw)
-        pool = _pool_of(service, body.model)
+        pool = _pool_of(service, http, body.model)
         return await _answer(len(raw), lambda: detokenized(pool, body))
 
     return router
@@ -127,13 +127,13 @@ def detokenized(pool: ServedPool, body: DetokenizeBody) -> dict[str, Any]:
     return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
 
-def _pool_of(service: Service, model: str | None) -> ServedPool:
+def _pool_of(service: Service, http: HttpRequest, model: str | None) -> ServedPool:
     """The pool of a model; where none is named, the only one. Raises ModelNotFound and InvalidRequest."""
     if model is not None:
-        return service.pool(model)
+        return served_pool(service, http, model)
     if len(service.pools) != 1:
         raise InvalidRequest("model: required field is missing, several models are served here", param="model")
-    return next(iter(service.pools.values()))
+    return served_pool(service, http, next(iter(service.pools)))
 
 
 def _tokenizer_of(pool: ServedPool) -> Tokenizer:

@@ -102,14 +102,15 @@ class PoolClient:
 
     async def submit(
         self, request: Request, *, priority: str = "default", deadline_s: float | None = None, idempotency_key: str = "",
-        body_digest: str = "", linger_s: float | None = 0.0, delay_s: float = 0.0, stage: str = "",
+        body_digest: str = "", linger_s: float | None = 0.0, delay_s: float = 0.0, stage: str = "", max_held: int = 0,
     ) -> RequestStream:  # fmt: skip
-        """Admit a request and stream it. Raises `QueueFull` with `retry_after_s`, `RedisUnavailable`.
+        """Admit a request and stream it. Raises `QueueFull` and `KeyBusy` with `retry_after_s`, `RedisUnavailable`.
 
         Where `idempotency_key` names a request that lives or is done already, that one is read from its first token, as `attach` does,
         and `stream.request` is the stored one; with another digest `IdempotencyConflict` is raised. `deadline_s` is at most the
         lane's. `linger_s`: how long it goes on without a reader, or after this process ended without leaving; None: to its end.
-        `delay_s`: nobody claims it before. `stage`: of a task; where a generation starts is the router's to say.
+        `delay_s`: nobody claims it before. `stage`: of a task; where a generation starts is the router's to say. `max_held`: requests of
+        its owner that may wait and run in the pool, 0: no limit.
         """
         admission = self._route(
             Admission(
@@ -117,7 +118,7 @@ class PoolClient:
                 idempotency_key=idempotency_key, digest=body_digest,
             )
         )  # fmt: skip
-        limits = self._limits(priority, deadline_s)
+        limits = dataclasses.replace(self._limits(priority, deadline_s), max_held=max_held)
         stream = self._open(request.id, request.input.sampling_options.n, request=request, linger_s=linger_s)
         stream.serve(functools.partial(self._restore, admission, limits, time.monotonic()))
         admitting = asyncio.ensure_future(self.queue.admit(admission, limits))
@@ -144,7 +145,7 @@ class PoolClient:
         if found is None:  # its record expired just now, so the key is free
             return await self.submit(
                 request, priority=priority, deadline_s=deadline_s, idempotency_key=idempotency_key,
-                body_digest=body_digest, linger_s=linger_s, delay_s=delay_s, stage=stage,
+                body_digest=body_digest, linger_s=linger_s, delay_s=delay_s, stage=stage, max_held=max_held,
             )  # fmt: skip
         log.debug("attached by its idempotency key", request_id=admitted)
         return await self.attach(admitted, found=found)

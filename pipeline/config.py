@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from pipeline.api_keys import AuthMode
+
 Count = Annotated[int, Meta(ge=1)]
 Amount = Annotated[int, Meta(ge=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -74,6 +76,11 @@ class ApiSettings(Section, frozen=True, kw_only=True):
     stream_buffer_items: Count = 4096  # live items kept for one slow reader before it is sent to the token log
     silence_s: Positive = 2.0  # a stream without a frame for this long reads state and log
     reasoning_field: Annotated[str, Meta(pattern="^[a-z_]+$")] = "reasoning_content"  # in chat messages and deltas
+    auth: AuthMode = "auto"  # auto: an API key is needed as soon as there is one, and where other machines reach `host`
+    keys_file: str = ""  # TOML, one table a key: those that must not be lost with Redis
+    keys_refresh_s: Positive = 2.0  # a new, changed or revoked key is known everywhere after this long
+    metrics_need_key: bool = True  # whether /metrics does, where requests do
+    cors_origins: str = ""  # web pages that browsers may call the API from; "*": all
 
 
 class RouterSettings(Section, frozen=True, kw_only=True):

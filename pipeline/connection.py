@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import os
 import random
@@ -18,7 +19,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import redis.asyncio
 import structlog
@@ -61,6 +62,7 @@ CHECK_S = (
 )
 LOOK_UP_S = 1.0  # longest wait for one Sentinel, and least time between two departures from servers that take no writes
 
+T = TypeVar("T")
 Arg = str | bytes | int | float
 
 
@@ -157,13 +159,26 @@ class Connection:
 
     async def command(self, *args: Arg) -> Any:
         """One plain command that is safe to lose. Raises `RedisUnavailable`."""
+        with_it: Callable[[], Awaitable[Any]] = functools.partial(self._client.execute_command, *args)
+        return await self.lent(str(args[0]), with_it)
+
+    @property
+    def pool(self) -> Any:
+        """The connections, for a library that speaks to Redis by itself: it reaches what we reach, through Sentinels and unix sockets,
+        if each call of it goes through `lent`."""
+        return self._client.connection_pool
+
+    async def lent(self, asked: str, call: Callable[[], Awaitable[T]]) -> T:
+        """A call of the library, or of one that uses its `pool`, in its turn; not repeated. Raises `RedisUnavailable`."""
         try:
-            return await self._execute(*args)
+            async with self._slot():
+                with _library_call():
+                    return await call()
         except (*_LOST, exceptions.ResponseError) as error:
             if not _passes(error):
                 raise
             await self._note(error)
-            raise _unavailable(self._settings, error, args[0]) from error
+            raise _unavailable(self._settings, error, asked) from error
 
     async def told(self, *args: Arg) -> Any:
         """As `command` for what a server may refuse to tell (managed ones lack CONFIG): None then."""

@@ -6,9 +6,13 @@ BatonError
 │   ├── ModelNotFound
 │   ├── RequestNotFound       no such request, or its record has expired
 │   └── IdempotencyConflict   the key already stands for another request
+├── InvalidKey                no API key, or none that is valid
+├── NotAllowed                the API key is valid, and may not do this
 ├── Refused                   not admitted; `retry_after_s` says when to come again
 │   ├── QueueFull
 │   │   └── LowLaneFull
+│   ├── RateLimited           the API key has used up its requests or tokens of this minute
+│   ├── KeyBusy               the API key has as many requests in the pool as it may
 │   └── Draining
 ├── DeadlineExceeded          the request's time ran out; `stage` says where
 ├── RequestFailed             accepted, then ended as failed or dead-lettered
@@ -80,6 +84,18 @@ class IdempotencyConflict(InvalidRequest):
     code = "idempotency_conflict"
 
 
+class InvalidKey(BatonError):
+    """The caller showed no API key, or none that is valid; which of the two, and why, it is not told."""
+
+    code = "invalid_api_key"
+
+
+class NotAllowed(BatonError):
+    """The caller's API key is valid and does not allow this; the message says what it lacks."""
+
+    code = "permission_denied"
+
+
 class Refused(BatonError):
     """Not admitted; nothing was stored."""
 
@@ -101,6 +117,22 @@ class LowLaneFull(QueueFull):
     """The lane of work that can wait is full; others may still be taken."""
 
     code = "resource_unavailable"
+
+
+class RateLimited(Refused):
+    """The API key has used up what it may ask for in a minute; `never_fits`: so much it may never ask for at once."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float, never_fits: bool = False) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.retryable = not never_fits
+
+
+class KeyBusy(Refused):
+    """The API key has as many requests waiting and running in the pool as it may."""
+
+    code = "concurrency_limit_exceeded"
 
 
 class Draining(Refused):

@@ -44,6 +44,9 @@ TABLE: dict[str, KeySpec] = {
     "served": KeySpec(
         "served:{0}", "set of ids", "admit", "member until the request ends or the sweep finds its API gone"
     ),
+    "held": KeySpec(
+        "held:{0}", "set of ids", "admit", "member until the request ends: what waits and runs of one API key"
+    ),
     "stages": KeySpec("stages", "set of names", "admit, renew", "kept"),
     "swept": KeySpec("swept", "hash", "sweep", "kept"),
     "settings": KeySpec("settings", "hash", "operator", "kept"),
@@ -74,6 +77,32 @@ TABLE: dict[str, KeySpec] = {
     "told": KeySpec("told:{0}", "channel", "-", "the workers' answers to one question"),
     "events": KeySpec("events", "channel", "-", "what happened to tasks and workers, as it happens"),
 }
+
+API_KEYS_ROOT = "{@keys}:"  # a hash tag that is no pool's name: API keys hold in all pools
+RATES_ROOT = "@rates"  # of the `limits` library, whose keys have the id of an API key as their hash tag
+
+# What belongs to no pool.
+SHARED: dict[str, KeySpec] = {
+    "all": KeySpec(API_KEYS_ROOT + "all", "hash digest -> API key", "`baton keys`", "kept, revoked ones too"),
+    "version": KeySpec(API_KEYS_ROOT + "version", "string us", "`baton keys`", "kept: when a key was changed last"),
+    "rates": KeySpec(
+        RATES_ROOT + ":{LIMITER/<id of the key>/...}",
+        "counter",
+        "API, by the `limits` library",
+        "two minutes after its last use",
+    ),
+}
+
+
+def api_keys() -> str:
+    """Hash: every API key by the SHA-256 of its secret."""
+    return SHARED["all"].template
+
+
+def api_keys_version() -> str:
+    """String: when an API key was changed last, so that processes know when to read them again."""
+    return SHARED["version"].template
+
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -151,6 +180,10 @@ class PoolKeys:
     def served(self, api: str) -> str:
         """Set: requests that end when the API process that serves them does."""
         return self._of("served", api)
+
+    def held(self, owner: str) -> str:
+        """Set: the requests of an API key that have not ended."""
+        return self._of("held", owner)
 
     def settings(self) -> str:
         """Hash: router settings changed at run time, read by every API replica."""

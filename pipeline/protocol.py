@@ -117,7 +117,7 @@ class Request(Wire, frozen=True, kw_only=True, tag="request.v1", tag_field="type
     input: BackendInput
     include_usage: bool = False
     resumable: bool = False
-    owner: str = ""  # digest of the API key that created it; reading and cancelling need the same
+    owner: str = ""  # id of the API key that created it; reading and cancelling need the same
     task: TaskCall | None = None
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from pipeline.connection import Arg, Connection, Script
-from pipeline.errors import IdempotencyConflict, QueueFull, WireError
+from pipeline.errors import IdempotencyConflict, KeyBusy, QueueFull, WireError
 from pipeline.keys import PoolKeys
 from pipeline.logprobs import pack_logprobs
 from pipeline.protocol import (
@@ -142,7 +142,10 @@ class Limits:
     deadline_s: float
     result_ttl_s: float
     dead_ttl_s: float = 86_400.0
+    max_held: int = 0  # requests of its owner that may wait and run in the pool; 0: no limit
 
+
+KEY_BUSY_S = 1.0  # when a key whose slots are taken is told to come again: how long its requests take is not known
 
 BLOCK_BEFORE = 16  # tokens of a block, as workers before 0.1.0 have it from the API; now each counts in its own
 
@@ -205,17 +208,23 @@ class PoolQueue:
         """Store the request and put its first task on a lane; returns its id, or the id of the first request of that key.
 
         Raises `QueueFull` when the lane is full; `retry_after_s` is then 0: the caller knows the drain rate. Raises
-        `IdempotencyConflict` when the key's first request has another digest.
+        `IdempotencyConflict` when the key's first request has another digest, `KeyBusy` when its owner holds `limits.max_held` requests.
         """
         lane, stage = admission.lane, admission.stage
         answer = await self._call(
             "admit", *self._stored(admission, limits), limits.max_waiting_tasks, limits.max_waiting_tokens,
-            waits_for_memory=False,
+            limits.max_held if admission.request.owner else 0, waits_for_memory=False,
         )  # fmt: skip
         if answer[0] == b"full":
             raise QueueFull(
                 f"lane {lane} of {stage} holds {answer[1]} tasks and {answer[2]} prompt tokens: try again later",
                 retry_after_s=0.0,
+            )
+        if answer[0] == b"busy":
+            raise KeyBusy(
+                f"the API key has {answer[1]} requests that wait or run, and may have {limits.max_held}: "
+                "send this one when another has ended",
+                retry_after_s=KEY_BUSY_S,
             )
         if answer[0] == b"conflict":
             raise IdempotencyConflict(
@@ -243,7 +252,7 @@ class PoolQueue:
             blocks_needed(prompt_tokens, n, BLOCK_BEFORE), n, WIRE_VERSION, admission.api, limits.deadline_s, int(limits.result_ttl_s),
             int(limits.dead_ttl_s), admission.priority, admission.idempotency_key,
             "" if linger_s is None else int(linger_s * 1000), int(admission.delay_s * 1000), admission.replay_of,
-            admission.digest, admission.notify,
+            admission.digest, admission.notify, request.owner,
         )  # fmt: skip
 
     async def attach(self, request_id: str, *, watch: bool, with_request: bool = False) -> Standing | None:

@@ -26,7 +26,8 @@ from pipeline.keys import is_pool_name
 
 DEFAULT_FILE = Path("config.toml")
 ENV_PREFIX = "BATON_"
-ENV_FILE = "BATON_CONFIG"  # names the settings file; the only variable with the prefix that is not a key
+ENV_FILE = "BATON_CONFIG"  # names the settings file
+ENV_API_KEY = "BATON_API_KEY"  # what `baton chat` and `baton up` show the API; it and the file's name are no settings
 
 
 class Key(NamedTuple):
@@ -144,7 +145,7 @@ def _env_values(env: Mapping[str, str], pools: list[str]) -> dict[str, Value]:
     keys = {key.env: key for key in known_keys(pools)}
     values = {}
     for name, text in env.items():
-        if not name.startswith(ENV_PREFIX) or name == ENV_FILE:
+        if not name.startswith(ENV_PREFIX) or name in (ENV_FILE, ENV_API_KEY):
             continue
         if name not in keys:
             raise ConfigError(f"environment: unknown variable {name}{nearest(name, keys)}")

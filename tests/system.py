@@ -177,6 +177,8 @@ class System:
         for request_key, (state, handle), life_s in await self._request_keys():
             if state in (b"queued", b"running") or handle is not None or life_s < 0:
                 left[request_key] = (state, handle, life_s)
+        for key in await command("KEYS", self.keys.held("*")):  # slots of API keys
+            left[key.decode()] = sorted(await command("SMEMBERS", key))
         if deadlines := await command("ZCARD", self.keys.deadlines()):
             left["deadlines"] = deadlines
         counters = await command("HGETALL", self.keys.counters())

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 import pipeline
+from pipeline.cli.key_commands import add_key_commands
 from pipeline.cli.operate import add_operators_commands
 from pipeline.cli.options import ConfigOption, Given, JsonOption, SetOption, given
 from pipeline.cli.plain import PlainGroup
@@ -49,6 +50,7 @@ def make_app() -> typer.Typer:
         settings.command()(command)
     app.add_typer(settings, name="config")
     add_operators_commands(app)
+    add_key_commands(app)
     return app
 
 

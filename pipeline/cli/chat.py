@@ -13,7 +13,7 @@ import msgspec
 from rich.console import Console
 
 from pipeline.cli.openai_stream import stream_chat
-from pipeline.cli.options import api_url, base_url
+from pipeline.cli.options import api_headers, api_url, base_url
 from pipeline.config import Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError
@@ -86,7 +86,9 @@ async def _stream(url: str, settings: Settings, body: dict[str, Any], console: C
     started_s = time.monotonic()
     first_s = None
     deltas = []
-    async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(120.0, connect=5.0), trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=url, headers=api_headers(), timeout=httpx.Timeout(120.0, connect=5.0), trust_env=False
+    ) as http:
         async for delta in stream_chat(http, body):
             if delta.text and first_s is None:
                 first_s = time.monotonic() - started_s

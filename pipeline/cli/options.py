@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from pipeline.config import ApiSettings, Settings
-from pipeline.settings_file import ENV_FILE, Value, collect_values, load_settings, settings_path
+from pipeline.settings_file import ENV_API_KEY, ENV_FILE, Value, collect_values, load_settings, settings_path
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help=f"Settings file (default: ${ENV_FILE}, else ./config.toml).")
@@ -46,6 +46,12 @@ def given(config: Path | None, overrides: Sequence[str] | None, **named: object)
     path = settings_path(config, os.environ)
     flags = [f"{key.replace('__', '.')}={value}" for key, value in named.items() if value is not None]
     return Given(path.absolute() if path else None, [*(overrides or ()), *flags])
+
+
+def api_headers() -> dict[str, str]:
+    """Who a command is to the API: the key in $BATON_API_KEY, if there is one."""
+    key = os.environ.get(ENV_API_KEY)
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def base_url(text: str) -> str:

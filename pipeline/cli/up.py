@@ -2,11 +2,12 @@
 
 1. The port is free, or nothing is started.
 2. Redis: the one of the settings, else a private one of this folder.
-3. The API and the workers, each a process of its own; a child that ends before all are ready ends everything.
-4. Ready: Redis lists every worker and the API answers `/ready`.
-5. One sample answer through the real endpoint, and a line to paste.
-6. Serve. A process that ends is started again, later each time.
-7. Ctrl-C or SIGTERM: the API first, so that streams finish; then the workers; then Redis. A second one kills.
+3. Who may ask: an address that others reach needs API keys, or a word that it needs none.
+4. The API and the workers, each a process of its own; a child that ends before all are ready ends everything.
+5. Ready: Redis lists every worker and the API answers `/ready`.
+6. One sample answer through the real endpoint, and a line to paste.
+7. Serve. A process that ends is started again, later each time.
+8. Ctrl-C or SIGTERM: the API first, so that streams finish; then the workers; then Redis. A second one kills.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from typing import NamedTuple
 import httpx
 import msgspec
 
+from pipeline.api_keys import check_exposure, needs_key
 from pipeline.cli.children import Child, ChildEnded, Restarts, Terminal
 from pipeline.cli.openai_stream import stream_chat
-from pipeline.cli.options import Given, api_url
+from pipeline.cli.options import Given, api_headers, api_url
 from pipeline.config import PoolSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, RedisUnavailable
 from pipeline.exits import Exit, PortTaken, exit_for
+from pipeline.key_store import KeyStore, read_keys_file
 from pipeline.keys import PoolKeys
 from pipeline.processes import ending
 from pipeline.queue import EMBED, PoolQueue
@@ -125,6 +128,7 @@ class Up:
         self._api = self._child("api", lambda: self._module("api"))
         self._workers = [self._worker(place) for place in places]
         self._is_ready = False
+        self._needs_key = False
         self._signals = 0
 
     async def run(self) -> int:
@@ -160,6 +164,7 @@ class Up:
         """Starts everything; the tasks that watch over it stay in `group`."""
         started_s = time.monotonic()
         await self._start_redis(group)
+        await self._check_keys()
         self._say(f"starting the API and {len(self._workers)} workers (PyTorch and the model take a moment)")
         for child in (self._api, *(worker.child for worker in self._workers)):
             await child.start()
@@ -185,6 +190,14 @@ class Up:
         await asyncio.to_thread(self._redis.wait_ready)
         group.create_task(self._keep_redis_running(self._redis))
 
+    async def _check_keys(self) -> None:
+        """Raises ConfigError where the API would listen for others and nobody had said who may ask it."""
+        api = self._settings.api
+        async with self._connection() as connection:
+            has_keys = bool(read_keys_file(api.keys_file) or (await KeyStore(connection).read()).keys)
+        check_exposure(api.auth, api.host, has_keys=has_keys)
+        self._needs_key = needs_key(api.auth, api.host, has_keys=has_keys)
+
     async def _wait_ready(self) -> None:
         """Until Redis lists every worker that was started and the API says that it is ready."""
         try:
@@ -199,6 +212,9 @@ class Up:
     async def _stream_sample(self) -> None:
         model, pool = next(iter(self._settings.pools.items()))
         if not pool.has_tokenizer:
+            return
+        if self._needs_key and not api_headers():
+            self._say("no sample answer: the API needs a key, and BATON_API_KEY holds none")
             return
         body = {"model": model, "messages": [{"role": "user", "content": SAMPLE_QUESTION}], "max_tokens": 200}
         self._say(f'asking {model}: "{SAMPLE_QUESTION}"')
@@ -223,7 +239,8 @@ class Up:
             route, other_way = "completions", ""
             body |= {"prompt": [1, 2, 3], "return_token_ids": True}
         self._say(f"try it from another terminal{other_way}:")
-        line = f"curl -N {self._base_url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+        key = ' -H "Authorization: Bearer $BATON_API_KEY"' if self._needs_key else ""
+        line = f"curl -N {self._base_url}/v1/{route}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
         self._terminal.write(f"\n  {line}\n\n")
         self._say("serving; Ctrl-C stops everything in order")
 
@@ -325,7 +342,9 @@ class Up:
         return worker
 
     def _http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self._base_url, timeout=httpx.Timeout(60.0, connect=5.0), trust_env=False)
+        return httpx.AsyncClient(
+            base_url=self._base_url, headers=api_headers(), timeout=httpx.Timeout(60.0, connect=5.0), trust_env=False
+        )
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[Connection]:

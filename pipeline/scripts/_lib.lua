@@ -61,11 +61,11 @@ local function enqueue(id, stage, lane, tokens, blocks, version)
   return entry
 end
 
--- The request that the first nineteen arguments of admit and restore describe.
+-- The request that the first twenty arguments of admit and restore describe. `holder`: the API key whose slot it takes, or ''.
 local function request_of(a)
   return {id = a[1], stage = a[2], lane = a[3], body = a[4], tokens = a[5], blocks = a[6], n = a[7], version = a[8], api = a[9],
     deadline_s = a[10], ttl = a[11], dead_ttl = a[12], priority = a[13], idem = a[14], linger = a[15], delay_ms = tonumber(a[16]),
-    replay_of = a[17], digest = a[18], notify = a[19]}
+    replay_of = a[17], digest = a[18], notify = a[19], holder = a[20]}
 end
 
 -- Stores a request and lets it wait: on its lane, or until its delay is over.
@@ -77,6 +77,10 @@ local function store(r, epoch)
     'n', r.n, 'v', r.version, 'deadline', deadline, 'ttl', r.ttl, 'dead_ttl', r.dead_ttl, 'idem', r.idem, 'attempts', 0,
     'priority', r.priority, 't_admitted', now, 'linger', r.linger, 'digest', r.digest)
   if r.notify ~= '' then redis.call('HSET', key_req(r.id), 'notify', r.notify) end
+  if r.holder ~= '' then
+    redis.call('HSET', key_req(r.id), 'holder', r.holder)
+    redis.call('SADD', key_held(r.holder), r.id)
+  end
   if r.replay_of ~= '' then redis.call('HSET', key_req(r.id), 'replay_of', r.replay_of) end
   redis.call('ZADD', key_deadlines(), deadline, r.id)
   if r.linger ~= '' then redis.call('SADD', key_served(r.api), r.id) end
@@ -117,13 +121,14 @@ end
 local function finish(id, state, reason, by, result)
   local req = key_req(id)
   local h = redis.call('HMGET', req, 'state', 'reason', 'stage', 'lane', 'entry', 'owner', 'epoch', 'api', 'watch',
-    'handle_id', 'handle_owner', 'n', 'tokens', 'cached', 'ttl', 'idem', 'notify')
+    'handle_id', 'handle_owner', 'n', 'tokens', 'cached', 'ttl', 'idem', 'notify', 'holder')
   if not h[1] then return {'gone', ''} end
   if is_ended(h[1]) then return {h[1], h[2]} end
   redis.call('ZREM', key_deadlines(), id) -- a first write that Redis allows when memory is full lets the rest through
   redis.call('ZREM', key_orphans(), id)
   redis.call('ZREM', key_delayed(), id)
   redis.call('SREM', key_served(h[8]), id)
+  if h[18] then redis.call('SREM', key_held(h[18]), id) end
   if h[1] == 'running' then
     ack(h[3], h[4], h[5])
   else

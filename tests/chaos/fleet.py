@@ -21,6 +21,7 @@ from pathlib import Path
 
 import httpx
 
+from pipeline.api_keys import digest_of
 from pipeline.client import PoolClient
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
@@ -33,6 +34,8 @@ from tests.system import POOL, System, free_port
 from tests.with_vllm.settings import VLLM
 
 LEASE_S = 2.0
+CLIENTS_KEY = "baton-sk-of-all-clients-over-http"  # their requests take slots, which are to be free at rest
+SHOWS_KEY = {"authorization": f"Bearer {CLIENTS_KEY}"}
 SETTINGS = (
     f"worker.lease_s={LEASE_S}", "worker.sweep_s=0.25", "worker.drain_s=1", "worker.max_attempts=50", "api.silence_s=1",
     "api.headers_after_s=30", "api.stream_buffer_items=64", "queue.deadline_s=180", "queue.result_ttl_s=7200",
@@ -111,7 +114,11 @@ class Fleet:
             for role, count in PLACES
             for number in range(count)
         ]
-        overrides = (*SETTINGS, f"transfer.dir={self.blocks_dir}", *ENGINES[self.engine])
+        keys_file = self.folder / "keys.toml"  # which outlives Redis
+        keys_file.write_text(f'[clients]\ndigest = "{digest_of(CLIENTS_KEY)}"\nconcurrent_requests = 10000\n')
+        overrides = (
+            *SETTINGS, f"transfer.dir={self.blocks_dir}", f"api.keys_file={keys_file}", *ENGINES[self.engine]
+        )  # fmt: skip
         self.system = await self._stack.enter_async_context(
             System(self.redis.url, *overrides, log_dir=self.folder / "logs")
         )

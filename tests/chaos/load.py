@@ -18,7 +18,7 @@ import httpx
 from pipeline.client import PoolClient
 from pipeline.errors import QueueFull, RedisUnavailable
 from pipeline.stream import RequestStream
-from tests.chaos.fleet import Fleet
+from tests.chaos.fleet import SHOWS_KEY, Fleet
 from tests.chaos.journal import DIED, DONE, FAILED, HUNG, LEFT, REFUSED, Journal, Record
 from tests.chaos.shapes import Shape, request_id_of
 
@@ -62,7 +62,7 @@ class Load:
 
     async def _client_loop(self, number: int) -> None:
         rng = random.Random(f"{self._seed} client {number}")
-        async with httpx.AsyncClient(timeout=HUNG_S, trust_env=False) as http:
+        async with httpx.AsyncClient(timeout=HUNG_S, trust_env=False, headers=SHOWS_KEY) as http:
             while not self._is_over:
                 if number % 2:
                     await self._ask_directly(rng)

@@ -18,6 +18,7 @@ from pipeline.client import PoolClient
 from pipeline.ids import pool_of
 from pipeline.protocol import Request
 from pipeline.queue import PoolQueue
+from tests.chaos.fleet import SHOWS_KEY
 from tests.system import POOL, collect, request
 
 QUESTIONS = ("What is Baton?", "Tell me a story about a fox.", "What is a block handle?", "What is 7 + 5?")
@@ -80,7 +81,7 @@ def _shape(rng: random.Random, number: int) -> Shape:
 async def answer_undisturbed(shapes: Iterable[Shape], client: PoolClient, url: str) -> None:
     """Ask each once, on a system to which nothing is done, and keep the answers."""
     turns = asyncio.Semaphore(8)
-    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False, headers=SHOWS_KEY) as http:
 
         async def ask(shape: Shape) -> None:
             async with turns:

@@ -21,7 +21,7 @@ import httpx
 from pipeline.protocol import Log
 from pipeline.queue import Admission, LaneLook, Limits
 from pipeline.waiting import wait_at_most
-from tests.chaos.fleet import LEASE_S, Fleet, Member
+from tests.chaos.fleet import LEASE_S, SHOWS_KEY, Fleet, Member
 from tests.chaos.journal import Journal
 from tests.proxy import Side, Trap, Wants, script_shas
 from tests.system import POOL, request
@@ -61,6 +61,9 @@ class Cut:
     def name(self) -> str:
         """In the report."""
         return f"{self.script}: line cut before {'the call' if self.side == 'before' else 'its answer'}"
+
+
+OF_OPERATORS = {"put_key"}  # of the command line alone: no member of the fleet calls it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,8 @@ STEPS = (
 
 def cuts() -> list[Cut]:
     """Every script from both sides: a new script is in it as soon as it is a file."""
-    return [Cut(script, side) for script in sorted(script_shas().values()) for side in ("before", "reply")]
+    scripts = sorted(set(script_shas().values()) - OF_OPERATORS)
+    return [Cut(script, side) for script in scripts for side in ("before", "reply")]
 
 
 # What makes somebody call a script that is rarely called, by its name (or that of a step's `provokes`). A script that is not here is
@@ -154,7 +158,7 @@ async def _hold_up_decode(fleet: Fleet) -> None:
 async def _leave_early(fleet: Fleet, **headers: str) -> None:
     """Clients that leave: their requests are cancelled."""
     body = {"model": POOL, "prompt": [7] * 30, "max_tokens": 200, "stream": True}
-    async with httpx.AsyncClient(trust_env=False, timeout=VISIT_S) as http:
+    async with httpx.AsyncClient(trust_env=False, timeout=VISIT_S, headers=SHOWS_KEY) as http:
         for member in fleet.of("api"):
             with contextlib.suppress(httpx.HTTPError):
                 async with http.stream("POST", f"{member.url}/v1/completions", json=body, headers=headers) as answer:

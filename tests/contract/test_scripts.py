@@ -5,16 +5,18 @@ The answer is the same each time, and so is what Redis holds afterwards. The tab
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
-from pipeline.errors import QueueFull
+from pipeline.errors import KeyBusy, QueueFull
 from pipeline.protocol import (
     BackendInput,
     FinishReason,
@@ -37,6 +39,7 @@ REQUEST = Request(
         request_id=ID, model=POOL, token_ids=[1, 2, 3], stop_conditions=StopConditions(max_tokens=9),
         sampling_options=SamplingOptions(n=2),
     ),
+    owner="key-1",
 )  # fmt: skip
 ADMISSION = Admission(REQUEST, "prefill", "default", API, linger_s=0.0)
 HANDLE = KVHandle(
@@ -180,6 +183,16 @@ async def _admitted(story: Story) -> str:
         return "full"
 
 
+async def _admitted_beside(story: Story) -> str:
+    """Another request of the same API key, which may have one at a time."""
+    other = msgspec.structs.replace(REQUEST, id="p-other")
+    try:
+        await story.queue.admit(Admission(other, "prefill", "default", API), dataclasses.replace(LIMITS, max_held=1))
+    except KeyBusy:
+        return "busy"
+    return "stored"
+
+
 async def _restored(story: Story) -> str:
     """Its client was sent two tokens of each choice."""
     sent = Log(tokens=[[10, 20], [11, 21]], finished=[None, None])
@@ -237,6 +250,7 @@ async def _dropped(story: Story) -> str:
 
 SCRIPTS: dict[str, Callable[[Story], Awaitable[str]]] = {
     "admit": _admitted,
+    "admit another": _admitted_beside,
     "restore": _restored,
     "claim prefill": lambda story: _claimed(story, "prefill"),
     "claim decode": lambda story: _claimed(story, "decode"),

@@ -24,7 +24,7 @@ async def admit_raw(
     admission = Admission(item, stage, "default", "fuzz", linger_s=0.0, delay_s=delay_s)
     arguments = list(queue._stored(admission, LIMITS))
     arguments[3], arguments[7] = body, version
-    await queue._call("admit", *arguments, LIMITS.max_waiting_tasks, LIMITS.max_waiting_tokens)
+    await queue._call("admit", *arguments, LIMITS.max_waiting_tasks, LIMITS.max_waiting_tokens, LIMITS.max_held)
 
 
 BAD = {

@@ -26,6 +26,29 @@ def test_each_header_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("headers", "streams", "timeout_s"),
+    [
+        ({}, False, 600.0),
+        ({}, True, None),  # the time between two bytes, and there are pings
+        ({"x-request-timeout": "5"}, False, 5.0),
+        ({"x-request-timeout": "5"}, True, 5.0),
+        ({"x-baton-resumable": "true"}, False, None),  # somebody may come back for it
+        ({"x-baton-linger": "30"}, False, None),
+        ({"idempotency-key": "k"}, False, None),
+    ],
+)
+def test_a_client_that_waits_so_long_for_a_byte_gives_a_whole_answer_its_deadline(
+    headers: dict[str, str], streams: bool, timeout_s: float | None
+) -> None:
+    assert treatment(Headers(headers | {"x-stainless-read-timeout": "600"}), streams=streams).timeout_s == timeout_s
+
+
+@pytest.mark.parametrize("value", ["", "None", "0", "-1", "inf", "nan", "NOT_GIVEN"])
+def test_what_the_client_puts_there_is_not_its_users_mistake(value: str) -> None:
+    assert treatment(Headers({"x-stainless-read-timeout": value})).timeout_s is None
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("X-Baton-Resumable", "yes"),

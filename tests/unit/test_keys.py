@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.ids import new_request_id, pool_of
-from pipeline.keys import TABLE, PoolKeys, is_pool_name, lua_prelude
+from pipeline.keys import SHARED, TABLE, PoolKeys, api_keys, api_keys_version, is_pool_name, lua_prelude
 
 
 def test_the_readme_lists_every_key() -> None:
@@ -15,6 +15,18 @@ def test_the_readme_lists_every_key() -> None:
     rows = text.split("<!-- keys -->")[1].strip().splitlines()[2:]
     expected = [f"| `{{pool}}:{key.template}` | {key.kind} | {key.owner} | {key.life} |" for key in TABLE.values()]
     assert rows == expected
+
+
+def test_the_readme_lists_what_belongs_to_no_pool() -> None:
+    text = (Path(__file__).parents[2] / "pipeline" / "README.md").read_text()
+    rows = text.split("<!-- shared keys -->")[1].strip().splitlines()[2:]
+    assert rows == [f"| `{key.template}` | {key.kind} | {key.owner} | {key.life} |" for key in SHARED.values()]
+
+
+def test_api_keys_are_no_pools_and_lie_on_one_node() -> None:
+    tags = {key[1 : key.index("}")] for key in (api_keys(), api_keys_version())}
+    assert len(tags) == 1
+    assert not is_pool_name(tags.pop())
 
 
 def test_lua_gets_a_function_for_every_key() -> None:

@@ -22,9 +22,16 @@ from pipeline.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineDied,
+    IdempotencyConflict,
+    InvalidKey,
     InvalidRequest,
+    KeyBusy,
+    NotAllowed,
     QueueFull,
+    RateLimited,
+    RedisUnavailable,
     RequestFailed,
+    RequestNotFound,
 )
 from pipeline.parsing import Part, PartKind
 from pipeline.protocol import BackendInput, FinishReason, Request, SamplingOptions, StopConditions, Timeline
@@ -180,25 +187,35 @@ def test_an_error_ends_a_stream_with_an_event_and_done() -> None:
     assert error == {"error": {"message": "too\nlate", "type": "timeout_error", "param": None, "code": "queue_timeout"}}
 
 
+NO, YES = {"x-should-retry": "false"}, {"x-should-retry": "true"}
+
+
 @pytest.mark.parametrize(
     ("error", "status", "headers"),
     [
-        (InvalidRequest("x", param="n"), 400, {}),
-        (ContextLengthExceeded("x", param="prompt"), 400, {}),
-        (InvalidRequest("x", code="body_too_large"), 413, {}),
-        (QueueFull("x", retry_after_s=2.3), 503, {"retry-after": "3"}),
-        (DeadlineExceeded("x", stage="decode"), 504, {}),
-        (RequestFailed("x"), 500, {"x-should-retry": "false"}),
-        (EngineDied("x"), 500, {}),
-        (BatonError("x"), 500, {"x-should-retry": "false"}),
+        (InvalidRequest("x", param="n"), 400, NO),
+        (ContextLengthExceeded("x", param="prompt"), 400, NO),
+        (InvalidRequest("x", code="body_too_large"), 413, NO),
+        (InvalidKey("x"), 401, NO | {"www-authenticate": "Bearer"}),
+        (NotAllowed("x"), 403, NO),
+        (RequestNotFound("x"), 404, NO),
+        (IdempotencyConflict("x"), 409, NO),  # which the official clients would send again
+        (QueueFull("x", retry_after_s=2.3), 503, YES | {"retry-after": "3", "retry-after-ms": "2300"}),
+        (RateLimited("x", retry_after_s=0.0), 429, YES | {"retry-after": "1", "retry-after-ms": "1"}),
+        (RateLimited("x", retry_after_s=60.0, never_fits=True), 429, NO),
+        (KeyBusy("x", retry_after_s=1.0), 429, YES | {"retry-after": "1", "retry-after-ms": "1000"}),
+        (DeadlineExceeded("x", stage="decode"), 504, YES),
+        (RedisUnavailable("x"), 503, YES),
+        (RequestFailed("x"), 500, NO),
+        (EngineDied("x"), 500, YES),
+        (BatonError("x"), 500, NO),
     ],
 )
 def test_errors_have_the_status_of_the_table(error: BatonError, status: int, headers: dict[str, str]) -> None:
     response = error_response(error)
     assert response.status_code == status
-    assert {
-        name: response.headers[name] for name in ("retry-after", "x-should-retry") if name in response.headers
-    } == headers
+    told = ("retry-after", "retry-after-ms", "x-should-retry", "www-authenticate")
+    assert {name: response.headers[name] for name in told if name in response.headers} == headers
     body = json.loads(response.body)["error"]
     assert set(body) == {"message", "type", "param", "code"}
     assert body["code"] == error.code
