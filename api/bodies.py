@@ -20,6 +20,7 @@ from pipeline.logprobs import MOST
 Likeliest = Annotated[int, Meta(ge=0, le=MOST)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+MOST_PROMPTS = 128  # in one request
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 
@@ -161,19 +162,29 @@ def completion_body(raw: bytes) -> CompletionBody:
     return body
 
 
-def single_prompt(body: CompletionBody) -> str | list[int]:
-    """The prompt as text or ids. Raises InvalidRequest for several prompts: they are several requests."""
+def prompts_of(body: CompletionBody) -> list[tuple[str, str | list[int]]]:
+    """Each prompt as text or ids, with its path in the body. Raises InvalidRequest for a mixture, and for several that are streamed."""
     prompt = body.prompt
     if isinstance(prompt, str):
-        return prompt
+        return [("prompt", prompt)]
     if all(type(part) is int for part in prompt):
-        return [part for part in prompt if isinstance(part, int)]
-    if len(prompt) != 1:
+        return [("prompt", [part for part in prompt if isinstance(part, int)])]
+    if len(prompt) > MOST_PROMPTS:
+        raise InvalidRequest(f"prompt has {len(prompt)} prompts, at most {MOST_PROMPTS} are taken", param="prompt")
+    found: list[tuple[str, str | list[int]]] = []
+    for position, one in enumerate(prompt):
+        if isinstance(one, int):
+            raise InvalidRequest(
+                "prompt is a list of texts and lists of token ids, or of token ids", param=f"prompt[{position}]"
+            )
+        found.append((f"prompt[{position}]" if len(prompt) > 1 else "prompt", one))
+    if len(found) > 1 and body.stream:
         raise InvalidRequest(
-            "one prompt a request: send several requests", param="prompt", code="unsupported_parameter"
+            "several prompts have one whole answer: stream them one by one",
+            param="stream",
+            code="unsupported_parameter",
         )
-    (only,) = prompt
-    return only if isinstance(only, (str, list)) else [only]
+    return found
 
 
 def digest(body: msgspec.Struct) -> str:

@@ -6,25 +6,26 @@ import asyncio
 import functools
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from msgspec.structs import replace
 from starlette.responses import Response
 
-from api.answers import Answer, StreamedAnswer, WholeAnswer
+from api.answers import Opening, StreamedAnswer, WholeAnswer
 from api.asks import check_served, conversation, form, has_constraint, wanted
+from api.batched import BatchedAnswer
 from api.bodies import (
     ChatBody,
     CompletionBody,
     chat_body,
     completion_body,
     digest,
-    single_prompt,
+    prompts_of,
 )
 from api.guard import caller, check_model
-from api.headers import treatment
+from api.headers import Treatment, treatment
 from api.rate_limits import most_tokens
 from api.service import ServedPool, Service
 from api.transcript import NumberedTranscript, Transcript
@@ -48,9 +49,10 @@ def generation_routes(service: Service) -> APIRouter:
         body = chat_body(raw)
         pool = served_pool(service, http, body.model)
 
-        def prepare(request_id: str, tier: str) -> BackendInput:
+        def prepare(tier: str) -> list[BackendInput]:
             check_served(body, pool.engine)
-            return pool.preprocessor.chat(request_id, conversation(body), wanted(body), form(body, tier))
+            wants, shown = wanted(body), form(body, tier)
+            return [pool.preprocessor.chat(new_request_id(pool.name), conversation(body), wants, shown)]
 
         return await _answer(service, pool, http, body, "chat.completion", prepare, len(raw))
 
@@ -60,9 +62,13 @@ def generation_routes(service: Service) -> APIRouter:
         body = completion_body(raw)
         pool = served_pool(service, http, body.model)
 
-        def prepare(request_id: str, tier: str) -> BackendInput:
+        def prepare(tier: str) -> list[BackendInput]:
             check_served(body, pool.engine)
-            return pool.preprocessor.completion(request_id, single_prompt(body), wanted(body), form(body, tier))
+            wants, shown = wanted(body), form(body, tier)
+            return [
+                pool.preprocessor.completion(new_request_id(pool.name), prompt, wants, shown, param=param)
+                for param, prompt in prompts_of(body)
+            ]
 
         return await _answer(service, pool, http, body, "text_completion", prepare, len(raw))
 
@@ -75,41 +81,55 @@ async def _answer(
     http: HttpRequest,
     body: ChatBody | CompletionBody,
     kind: str,
-    prepare: Callable[[str, str], BackendInput],
+    prepare: Callable[[str], list[BackendInput]],
     body_bytes: int,
-) -> Answer:
-    who = caller(http)
-    treat = treatment(http.headers, streams=bool(body.stream))
-    request_id = new_request_id(pool.name)
+) -> Response:
+    """`prepare`: the input of each prompt, given the service tier that is told."""
     says_lane = body.priority is not None or body.service_tier not in (None, "auto")
-    lane = who.lane(lane_of(body.priority, body.service_tier) if says_lane else None)
+    lane = caller(http).lane(lane_of(body.priority, body.service_tier) if says_lane else None)
     tier = "" if body.service_tier is None else TIER_OF_LANE[lane]  # told only where one was asked for
     is_light = body_bytes <= INLINE_BYTES and not has_constraint(body)
-    ready = prepare(request_id, tier) if is_light else await asyncio.to_thread(prepare, request_id, tier)
+    inputs = prepare(tier) if is_light else await asyncio.to_thread(prepare, tier)
     if body.model != pool.name:
-        ready = under_lora(ready, body.model)
+        inputs = [under_lora(ready, body.model) for ready in inputs]
     if service.rates is not None:
-        await service.rates.count_tokens(http, most_tokens(ready))
-    options = body.stream_options
-    request = Request(
-        id=request_id,
-        kind=kind,
-        created_s=int(time.time()),
-        input=ready,
-        include_usage=options is not None and bool(options.include_usage),
-        resumable=treat.resumable,
-        owner=who.owner,
-    )
-    key = treat.idempotency_key
-    opening = functools.partial(
-        pool.client.submit, request, priority=lane, deadline_s=treat.timeout_s, linger_s=treat.linger_s, max_held=who.max_held,
-        idempotency_key=idempotency_key(request.owner, request.kind, key) if key else "", body_digest=digest(body) if key else "",
-    )  # fmt: skip
+        await service.rates.count_tokens(http, sum(map(most_tokens, inputs)))
+    treat = treatment(http.headers, streams=bool(body.stream))
+    openings = _openings(pool, http, body, kind, lane, treat, inputs)
+    if len(openings) > 1:
+        return BatchedAnswer(service, pool, openings)
     if not body.stream:
-        return WholeAnswer(service, pool, opening)
+        return WholeAnswer(service, pool, openings[0])
     tokenizer, shape = pool.preprocessor.tokenizer, service.openai
     transcript = NumberedTranscript.from_start if treat.resumable else Transcript
-    return StreamedAnswer(service, pool, opening, lambda asked: transcript(tokenizer, asked, shape))
+    return StreamedAnswer(service, pool, openings[0], lambda asked: transcript(tokenizer, asked, shape))
+
+
+def _openings(
+    pool: ServedPool,
+    http: HttpRequest,
+    body: ChatBody | CompletionBody,
+    kind: str,
+    lane: str,
+    treat: Treatment,
+    inputs: Sequence[BackendInput],
+) -> list[Opening]:
+    """What submits each request. Under a key each has one of its own, so that the whole can be sent again."""
+    who, key, options, created_s = caller(http), treat.idempotency_key, body.stream_options, int(time.time())
+    body_digest = digest(body) if key else ""
+    openings: list[Opening] = []
+    for number, ready in enumerate(inputs):
+        request = Request(
+            id=ready.request_id, kind=kind, created_s=created_s, input=ready, owner=who.owner, resumable=treat.resumable,
+            include_usage=options is not None and bool(options.include_usage),
+        )  # fmt: skip
+        named = idempotency_key(who.owner, f"{kind} {number}" if number else kind, key) if key else ""
+        opening = functools.partial(
+            pool.client.submit, request, priority=lane, deadline_s=treat.timeout_s, linger_s=treat.linger_s,
+            max_held=who.max_held, idempotency_key=named, body_digest=body_digest,
+        )  # fmt: skip
+        openings.append(opening)
+    return openings
 
 
 def under_lora(ready: BackendInput, name: str) -> BackendInput:

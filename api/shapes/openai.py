@@ -72,7 +72,11 @@ class OpenAIShape:
     def whole(self, request: Request, said: Sequence[Said], ended: Ended) -> dict[str, Any]:
         """The answer as one object."""
         choices = [self.choice(request, index, one) for index, one in enumerate(said)]
-        return {**answer_head(request, request.kind), "choices": choices, "usage": usage_fields(ended.usage)}
+        return self.of_choices(request, choices, ended.usage)
+
+    def of_choices(self, request: Request, choices: Sequence[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+        """The same of choices that are made already."""
+        return {**answer_head(request, request.kind), "choices": choices, "usage": usage_fields(usage)}
 
     def choice(self, request: Request, index: int, said: Said) -> dict[str, Any]:
         """One choice of it."""

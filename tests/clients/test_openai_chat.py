@@ -176,6 +176,21 @@ async def test_a_prompt_is_echoed_and_the_best_of_some_is_told(client: openai.As
     assert best.usage and all_of_them.usage and best.usage.completion_tokens == all_of_them.usage.completion_tokens
 
 
+async def test_several_prompts_have_one_answer(client: openai.AsyncOpenAI) -> None:
+    prompts = ["Once there was", "The fox", "A"]
+    asked: Any = {"model": POOL, "max_tokens": 6, "seed": 4, "n": 2}
+    answer = await client.completions.create(prompt=prompts, **asked)
+    alone = [await client.completions.create(prompt=prompt, **asked) for prompt in prompts]
+    assert [choice.text for choice in answer.choices] == [choice.text for one in alone for choice in one.choices]
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    assert answer.usage is not None
+    for field in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(answer.usage, field) == sum(getattr(one.usage, field) for one in alone)
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.completions.create(prompt=["a", "b" * 20_000], **asked)
+    assert refused.value.param == "prompt[1]"
+
+
 async def test_usage_comes_with_each_chunk_for_those_who_ask(client: openai.AsyncOpenAI) -> None:
     options: Any = {"include_usage": True, "continuous_usage_stats": True}
     stream = await client.chat.completions.create(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from api.asks import conversation, form, wanted
-from api.bodies import chat_body, completion_body, digest, single_prompt
+from api.bodies import chat_body, completion_body, digest, prompts_of
 from pipeline.answer_form import PLAIN
 from pipeline.errors import InvalidRequest
 from pipeline.preprocess import Wanted
@@ -248,17 +248,34 @@ def test_the_best_of_some_are_told_and_their_log_probabilities_only_if_asked_for
 
 
 @pytest.mark.parametrize(
-    ("prompt", "single"), [("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([], []), ([5], [5])]
+    ("prompt", "found"),
+    [
+        ("a", [("prompt", "a")]),
+        (["a"], [("prompt", "a")]),
+        ([1, 2], [("prompt", [1, 2])]),
+        ([[1, 2]], [("prompt", [1, 2])]),
+        ([], [("prompt", [])]),
+        ([5], [("prompt", [5])]),
+        (["a", [1], "b"], [("prompt[0]", "a"), ("prompt[1]", [1]), ("prompt[2]", "b")]),
+    ],
 )
-def test_one_prompt_is_taken_in_each_of_openais_forms(prompt: Any, single: Any) -> None:
-    assert single_prompt(completion_body(completion(prompt=prompt))) == single
+def test_prompts_are_taken_in_each_of_openais_forms(prompt: Any, found: Any) -> None:
+    assert prompts_of(completion_body(completion(prompt=prompt))) == found
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], ["a", [1]], [1, "a"]])
-def test_several_prompts_are_several_requests(prompt: Any) -> None:
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": [1, "a"]}, "prompt[0]"),
+        ({"prompt": ["a", 1]}, "prompt[1]"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": ["a", "b"], "stream": True}, "stream"),
+    ],
+)
+def test_what_are_no_prompts_is_named(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        single_prompt(completion_body(completion(prompt=prompt)))
-    assert caught.value.param == "prompt"
+        prompts_of(completion_body(completion(**fields)))
+    assert caught.value.param == param
 
 
 @pytest.mark.parametrize(
