@@ -75,7 +75,7 @@ def chat(**fields: Any) -> dict[str, Any]:
         (TEXT, {"model": POOL, "prompt": []}, 400, "invalid_request", "prompt"),
         (TEXT, {"model": POOL, "prompt": [-1]}, 400, "invalid_request", "prompt[0]"),
         (TEXT, {"model": POOL, "prompt": [5, 10**12]}, 400, "invalid_request", "prompt[1]"),
-        (TEXT, {"model": POOL, "prompt": ["a", []]}, 400, "invalid_request", "prompt[1]"),
+        (TEXT, {"model": POOL, "prompt": [1, "a"]}, 400, "invalid_request", "prompt[0]"),
         (TEXT, {"model": POOL, "prompt": [7] * 40_000}, 400, "context_length_exceeded", "prompt"),
         (TEXT, {"model": POOL, "prompt": "a", "suffix": "b"}, 400, "unsupported_parameter", "suffix"),
     ],
