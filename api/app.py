@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 import pipeline
+from api.anthropic import anthropic_routes
 from api.drain import Drain
 from api.edge import Edge, install_error_handlers
 from api.generation import generation_routes
@@ -30,7 +31,7 @@ def create_app(
     service = Service(settings, pools, drain or Drain(settings.shutdown_grace_s), Metrics(), redis)
     app = FastAPI(title="Baton", version=pipeline.__version__, openapi_url=None, redirect_slashes=False)
     install_error_handlers(app, service.metrics)
-    for routes in (generation_routes, request_routes, model_routes, probe_routes):
+    for routes in (generation_routes, anthropic_routes, request_routes, model_routes, probe_routes):
         app.include_router(routes(service))
     app.add_middleware(Edge)
     return app

@@ -26,7 +26,7 @@ from api.bodies import (
 )
 from api.headers import treatment
 from api.service import ServedPool, Service
-from api.transcript import NumberedTranscript, Transcript
+from api.transcript import transcript_of
 from pipeline.errors import InvalidRequest
 from pipeline.ids import new_request_id
 from pipeline.protocol import BackendInput, Request, RoutingHints
@@ -41,23 +41,21 @@ def generation_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(http: HttpRequest) -> Response:
-        service.drain.check()
-        raw = await read_body(http, service.settings.body_limit_bytes)
+        raw = await admitted_body(service, http)
         body = chat_body(raw)
-        pool = service.pool(body.model)
+        pool = served_pool(service, http, body.model)
         check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
             return pool.preprocessor.chat(request_id, conversation(body), wanted(body), form(body, told_tier(body)))
 
-        return await _answer(service, pool, http, body, "chat.completion", prepare, len(raw))
+        return await answer(service, pool, http, body, "chat.completion", prepare, len(raw))
 
     @router.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
-        service.drain.check()
-        raw = await read_body(http, service.settings.body_limit_bytes)
+        raw = await admitted_body(service, http)
         body = completion_body(raw)
-        pool = service.pool(body.model)
+        pool = served_pool(service, http, body.model)
         check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
@@ -65,12 +63,12 @@ def generation_routes(service: Service) -> APIRouter:
                 request_id, single_prompt(body), wanted(body), form(body, told_tier(body))
             )
 
-        return await _answer(service, pool, http, body, "text_completion", prepare, len(raw))
+        return await answer(service, pool, http, body, "text_completion", prepare, len(raw))
 
     return router
 
 
-async def _answer(
+async def answer(
     service: Service,
     pool: ServedPool,
     http: HttpRequest,
@@ -79,6 +77,7 @@ async def _answer(
     prepare: Callable[[str], BackendInput],
     body_bytes: int,
 ) -> Answer:
+    """A checked body's request, to be served as its kind is. `prepare`: makes the engine's input of a request's id."""
     treat = treatment(http.headers)
     request_id = new_request_id(pool.name)
     ready = prepare(request_id) if body_bytes <= INLINE_BYTES else await asyncio.to_thread(prepare, request_id)
@@ -102,9 +101,10 @@ async def _answer(
     )  # fmt: skip
     if not body.stream:
         return WholeAnswer(service, pool, opening)
-    tokenizer, shape = pool.preprocessor.tokenizer, service.openai
-    transcript = NumberedTranscript.from_start if treat.resumable else Transcript
-    return StreamedAnswer(service, pool, opening, lambda asked: transcript(tokenizer, asked, shape))
+    tokenizer, shape = pool.preprocessor.tokenizer, service.shapes[kind]
+    return StreamedAnswer(
+        service, pool, opening, lambda asked: transcript_of(tokenizer, asked, shape, has_ids=treat.resumable)
+    )
 
 
 def told_tier(body: ChatBody | CompletionBody) -> str:
@@ -120,6 +120,17 @@ def under_lora(ready: BackendInput, name: str) -> BackendInput:
 def idempotency_key(owner: str, kind: str, key: str) -> str:
     """A client's key as the queue knows it: nobody can name the one of another caller or route."""
     return hashlib.blake2b("\0".join((owner, kind, key)).encode(), digest_size=16).hexdigest()
+
+
+async def admitted_body(service: Service, http: HttpRequest) -> bytes:
+    """The body of a request that may be sent now. Raises Draining, InvalidRequest."""
+    service.drain.check()
+    return await read_body(http, service.settings.body_limit_bytes)
+
+
+def served_pool(service: Service, http: HttpRequest, model: str) -> ServedPool:
+    """The pool of a model that the caller may use. Raises ModelNotFound."""
+    return service.pool(model)
 
 
 async def read_body(http: HttpRequest, limit_bytes: int) -> bytes:

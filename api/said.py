@@ -81,4 +81,4 @@ def finish_word(reason: FinishReason, *, has_calls: bool) -> str:
 
 def is_parsed(request: Request) -> bool:
     """Whether the answer is a message, which may hold reasoning and calls; else it is text."""
-    return request.kind != "text_completion"
+    return request.kind not in ("text_completion", "task")

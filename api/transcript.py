@@ -118,6 +118,15 @@ class NumberedTranscript(Transcript):
         return b"id: " + b".".join(self._marks) + b"\n" + event
 
 
+def transcript_of(
+    tokenizer: Tokenizer | NoTokenizer, request: Request, shape: Shape, *, has_ids: bool = False
+) -> Transcript:
+    """The whole answer, with ids if they are asked for and this kind's events have some."""
+    if has_ids and isinstance(shape, OpenAIShape):
+        return NumberedTranscript.from_start(tokenizer, request, shape)
+    return Transcript(tokenizer, request, shape)
+
+
 def one_by_one(chunks: Sequence[TokenChunk]) -> Iterator[TokenChunk]:
     """The same tokens in chunks of one; a finish reason stays with the last token, or without any."""
     for chunk in chunks:

@@ -13,7 +13,7 @@ import msgspec
 
 from api.errors import error_json
 from api.feed import Piece
-from api.said import Said, call_id
+from api.said import Said, call_id, is_parsed
 from api.sse import PING, line_json, text_json
 from pipeline.answer_form import form_of
 from pipeline.errors import BatonError
@@ -79,7 +79,7 @@ class OpenAIShape:
     def choice(self, request: Request, index: int, said: Said) -> dict[str, Any]:
         """One choice of it."""
         fields: dict[str, Any] = (
-            {"message": self._message(request, index, said)} if is_chat(request) else {"text": said.content}
+            {"message": self._message(request, index, said)} if is_parsed(request) else {"text": said.content}
         )
         if form_of(request).return_token_ids:
             fields |= {"token_ids": said.token_ids, "prompt_token_ids": request.input.token_ids}
