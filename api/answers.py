@@ -108,7 +108,7 @@ class Answer(Response):
             ended = stream.ended
             if ended is None or stream.has_diverged:
                 self._why = self._why or "client disconnected"
-                await self._leave(stream)
+                await leave(self._pool, stream, self._why)
             await feed.close()
         state = ended.state if ended is not None else "left"
         seconds = time.monotonic() - self._begin_s
@@ -124,14 +124,6 @@ class Answer(Response):
             first_token_ms=round(self._first_s * 1000, 1),
             total_ms=round(seconds * 1000, 1),
         )
-
-    async def _leave(self, stream: RequestStream) -> None:
-        try:
-            with anyio.fail_after(LEAVE_LIMIT_S):
-                await stream.leave(self._why)
-        except (BatonError, TimeoutError) as error:
-            log.warning("request not left yet, trying again", request_id=stream.id, error=str(error))
-            self._pool.client.leave_later(stream, self._why)
 
 
 class StreamedAnswer(Answer):
@@ -239,6 +231,16 @@ def asked(stream: RequestStream) -> Request:
     """What is answered: the request that a key stands for may be another one than was sent."""
     assert stream.request is not None
     return stream.request
+
+
+async def leave(pool: ServedPool, stream: RequestStream, why: str) -> None:
+    """Leave a request before its end; should Redis be away, later."""
+    try:
+        with anyio.fail_after(LEAVE_LIMIT_S):
+            await stream.leave(why)
+    except (BatonError, TimeoutError) as error:
+        log.warning("request not left yet, trying again", request_id=stream.id, error=str(error))
+        pool.client.leave_later(stream, why)
 
 
 async def has_come(work: asyncio.Task[object], receive: Receive, limit_s: float | None) -> bool:

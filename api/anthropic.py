@@ -33,9 +33,9 @@ def anthropic_routes(service: Service) -> APIRouter:
         if has_schema(body):
             refuse_unserved(pool.engine, GUIDED_DECODING, "output_config.format")
         chat = chat_of(body)
-        check_served(chat, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
+            check_served(chat, pool.engine)
             return pool.preprocessor.chat(request_id, conversation(chat), wanted(chat), form(chat, told_tier(chat)))
 
         return await answer(service, pool, http, chat, KIND, prepare, len(raw))

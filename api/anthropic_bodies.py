@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from api.bodies import Count, StopString, decode, unsupported
+from api.bodies import Count, StopString, decoded, unsupported
 from pipeline.errors import InvalidRequest
 
 CUSTOM = "custom"
@@ -187,14 +187,14 @@ _message_decoder = msgspec.json.Decoder(MessageBody)
 
 def count_body(raw: bytes) -> CountBody:
     """Decode and check a body of which only the prompt counts. Raises InvalidRequest with the path of the first thing that is wrong."""
-    body: CountBody = decode(_count_decoder, raw)
+    body: CountBody = decoded(_count_decoder, raw)
     _check(body)
     return body
 
 
 def message_body(raw: bytes) -> MessageBody:
     """Decode and check a request for a message. Raises InvalidRequest with the path of the first thing that is wrong."""
-    body: MessageBody = decode(_message_decoder, raw)
+    body: MessageBody = decoded(_message_decoder, raw)
     _check(body)
     return body
 

@@ -11,11 +11,13 @@ import pipeline
 from api.anthropic import anthropic_routes
 from api.drain import Drain
 from api.edge import Edge, install_error_handlers
+from api.embeddings import embedding_routes
 from api.generation import generation_routes
 from api.metrics import Metrics
 from api.probes import model_routes, probe_routes
 from api.requests import request_routes
 from api.service import ServedPool, Service
+from api.tokenizing import tokenizing_routes
 from pipeline.config import ApiSettings
 from pipeline.redis_health import RedisWatch
 
@@ -31,7 +33,9 @@ def create_app(
     service = Service(settings, pools, drain or Drain(settings.shutdown_grace_s), Metrics(), redis)
     app = FastAPI(title="Baton", version=pipeline.__version__, openapi_url=None, redirect_slashes=False)
     install_error_handlers(app, service.metrics)
-    for routes in (generation_routes, anthropic_routes, request_routes, model_routes, probe_routes):
+    for routes in (
+        generation_routes, anthropic_routes, embedding_routes, tokenizing_routes, request_routes, model_routes, probe_routes
+    ):  # fmt: skip
         app.include_router(routes(service))
     app.add_middleware(Edge)
     return app

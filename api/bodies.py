@@ -13,7 +13,7 @@ import xxhash
 from msgspec import Meta
 
 from api.constraints import Choices, Pattern, ResponseFormat, Schema, StructuredOutputs
-from api.messages import AllowedTools, ChatMessage, NamedTool, Tool, check_messages, check_tools
+from api.messages import AllowedTools, ChatMessage, NamedTool, Tool, check_continuation, check_messages, check_tools
 from pipeline.errors import InvalidRequest
 from pipeline.logprobs import MOST
 
@@ -128,7 +128,7 @@ _completion_decoder = msgspec.json.Decoder(CompletionBody)
 
 def chat_body(raw: bytes) -> ChatBody:
     """Decode and check a chat request. Raises InvalidRequest with the path of the first thing that is wrong."""
-    body: ChatBody = decode(_chat_decoder, raw)
+    body: ChatBody = decoded(_chat_decoder, raw)
     _check_common(body)
     if body.return_token_ids:
         raise unsupported("return_token_ids")
@@ -138,17 +138,13 @@ def chat_body(raw: bytes) -> ChatBody:
     check_tools(body.tools or [], body.tool_choice)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
-    if body.continue_final_message and (body.add_generation_prompt or body.messages[-1].role != "assistant"):
-        raise InvalidRequest(
-            "continue_final_message goes on with a last message of the assistant, without add_generation_prompt",
-            param="continue_final_message",
-        )
+    check_continuation(body.messages, body.continue_final_message, body.add_generation_prompt)
     return body
 
 
 def completion_body(raw: bytes) -> CompletionBody:
     """Decode and check a completion request. Raises InvalidRequest with the path of the first thing that is wrong."""
-    body: CompletionBody = decode(_completion_decoder, raw)
+    body: CompletionBody = decoded(_completion_decoder, raw)
     _check_common(body)
     if body.best_of is not None and body.best_of < (body.n or 1):
         raise InvalidRequest(f"best_of is less than n = {body.n}", param="best_of")
@@ -180,7 +176,7 @@ def single_prompt(body: CompletionBody) -> str | list[int]:
     return only if isinstance(only, (str, list)) else [only]
 
 
-def digest(body: ChatBody | CompletionBody) -> str:
+def digest(body: msgspec.Struct) -> str:
     """Equal for bodies that ask for the same answer: the order of fields, `null`, and what changes only the way there do not count."""
     asked = {name: getattr(body, name) for name in body.__struct_fields__ if name not in _SAME_ANSWER}
     return xxhash.xxh3_128_hexdigest(_canonical({name: value for name, value in asked.items() if value is not None}))
@@ -201,7 +197,8 @@ def unsupported(param: str) -> InvalidRequest:
     return InvalidRequest(f"{param} is not supported", param=param, code="unsupported_parameter")
 
 
-def decode(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
+def decoded(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
+    """A body. Raises InvalidRequest with the path of the first thing that is wrong."""
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:

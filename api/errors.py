@@ -18,6 +18,7 @@ from pipeline.errors import (
     RequestCancelled,
     RequestFailed,
 )
+from pipeline.queue import STAGES
 from pipeline.stream import Ended
 
 LONGEST_MESSAGE = 500  # characters; what a client sent is never echoed at length
@@ -118,5 +119,7 @@ def _where(ended: Ended) -> str:
     """The stage a request stood in, and whether a worker had taken it there."""
     if not ended.stage:
         return "in an unknown stage"
+    if ended.stage not in STAGES:  # of others no claim is in the timeline
+        return f"in {ended.stage}"
     is_claimed = ended.timeline.claimed_prefill if ended.stage == "prefill" else ended.timeline.claimed_decode
     return f"in {ended.stage}" if is_claimed else f"while it waited for {ended.stage}"

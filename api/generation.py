@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from api.access import caller_of
 from api.answers import Answer, StreamedAnswer, WholeAnswer
-from api.asks import check_served, conversation, form, wanted
+from api.asks import check_served, conversation, form, has_constraint, wanted
 from api.bodies import (
     ChatBody,
     CompletionBody,
@@ -32,7 +32,9 @@ from pipeline.ids import new_request_id
 from pipeline.protocol import BackendInput, Request, RoutingHints
 from pipeline.routing import TIER_OF_LANE, lane_of
 
-INLINE_BYTES = 16_384  # longer bodies are tokenized in a thread, so that they do not hold up the streams
+INLINE_BYTES = (
+    16_384  # longer bodies are tokenized in a thread, as grammars are checked, so that they do not hold up the streams
+)
 
 
 def generation_routes(service: Service) -> APIRouter:
@@ -44,9 +46,9 @@ def generation_routes(service: Service) -> APIRouter:
         raw = await admitted_body(service, http)
         body = chat_body(raw)
         pool = served_pool(service, http, body.model)
-        check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
+            check_served(body, pool.engine)
             return pool.preprocessor.chat(request_id, conversation(body), wanted(body), form(body, told_tier(body)))
 
         return await answer(service, pool, http, body, "chat.completion", prepare, len(raw))
@@ -56,9 +58,9 @@ def generation_routes(service: Service) -> APIRouter:
         raw = await admitted_body(service, http)
         body = completion_body(raw)
         pool = served_pool(service, http, body.model)
-        check_served(body, pool.engine)
 
         def prepare(request_id: str) -> BackendInput:
+            check_served(body, pool.engine)
             return pool.preprocessor.completion(
                 request_id, single_prompt(body), wanted(body), form(body, told_tier(body))
             )
@@ -80,7 +82,8 @@ async def answer(
     """A checked body's request, to be served as its kind is. `prepare`: makes the engine's input of a request's id."""
     treat = treatment(http.headers)
     request_id = new_request_id(pool.name)
-    ready = prepare(request_id) if body_bytes <= INLINE_BYTES else await asyncio.to_thread(prepare, request_id)
+    is_light = body_bytes <= INLINE_BYTES and not has_constraint(body)
+    ready = prepare(request_id) if is_light else await asyncio.to_thread(prepare, request_id)
     if body.model != pool.name:
         ready = under_lora(ready, body.model)
     lane = lane_of(body.priority, body.service_tier)

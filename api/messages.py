@@ -142,6 +142,15 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
             _arguments(call, f"{path}.tool_calls[{place}].function.arguments")
 
 
+def check_continuation(messages: Sequence[ChatMessage], continues: bool | None, add_prompt: bool | None) -> None:
+    """Raise InvalidRequest where there is no last message to go on with."""
+    if continues and (add_prompt or messages[-1].role != "assistant"):
+        raise InvalidRequest(
+            "continue_final_message goes on with a last message of the assistant, without add_generation_prompt",
+            param="continue_final_message",
+        )
+
+
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
     """Raise InvalidRequest where the tools and the choice among them do not go together."""
     names = [tool.function.name for tool in tools]

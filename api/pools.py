@@ -11,6 +11,7 @@ from api.service import ServedPool
 from pipeline.client import PoolClient
 from pipeline.config import EngineSettings, MockSettings, PoolSettings, Settings, VllmSettings
 from pipeline.connection import Connection
+from pipeline.embeddings import offer_of
 from pipeline.errors import ConfigError
 from pipeline.features import LOGPROBS, is_served
 from pipeline.loras import loras_of
@@ -40,7 +41,8 @@ async def open_pool(name: str, settings: Settings, connection: Connection, proce
         buffer_items=settings.api.stream_buffer_items,
         silence_s=settings.api.silence_s,
     ) as client:
-        yield ServedPool(name, preprocessor, client, int(time.time()), pool.engine, loras)
+        embeddings = offer_of(pool, settings.queue, tokenizer.hidden_size)
+        yield ServedPool(name, preprocessor, client, int(time.time()), pool.engine, embeddings, loras)
 
 
 def load_tokenizer(pool: PoolSettings) -> Tokenizer | NoTokenizer:

@@ -37,6 +37,8 @@ def request_routes(service: Service) -> APIRouter:
         """The events behind the last one that the reader has; a header wins over the query, as it is the newer one of the two."""
         service.drain.check()
         found = await find_request(service, http, request_id)
+        if found.request.task is not None:
+            raise InvalidRequest(f"{found.request.id} generates nothing: it has no stream of events", param="id")
         if http.method == "HEAD":
             return Response(media_type="text/event-stream")
         given = http.headers.get(LAST_EVENT_ID, last_event_id)
@@ -112,6 +114,8 @@ def _record(found: Found, shape: OpenAIShape) -> dict[str, Any]:
 
 def _choices(found: Found, shape: OpenAIShape) -> list[dict[str, Any]]:
     """Each choice with what it says so far: what is certain, and all of it where the choice has ended."""
+    if found.request.task is not None:  # it makes no text
+        return []
     request, log, records = found.request, found.standing.log, found.standing.logprobs
     collected, size = Collected(found.pool.preprocessor.tokenizer, request), record_bytes(request.input)
     for choice, (tokens, reason) in enumerate(zip(log.tokens, log.finished, strict=True)):

@@ -13,6 +13,7 @@ from api.shapes.anthropic import AnthropicShape
 from api.shapes.openai import OpenAIShape
 from pipeline.client import PoolClient
 from pipeline.config import ApiSettings
+from pipeline.embeddings import Offer
 from pipeline.errors import ModelNotFound
 from pipeline.preprocess import Preprocessor
 from pipeline.redis_health import RedisWatch
@@ -27,6 +28,7 @@ class ServedPool:
     client: PoolClient
     created_s: int
     engine: str = "torch"  # what its workers run: not every engine serves everything
+    embeddings: Offer | None = None  # what it gives at /v1/embeddings; None: nothing
     loras: tuple[str, ...] = ()  # adapters of its model, each a model of its own to clients
 
 

@@ -22,6 +22,7 @@ NAMES = {
     "guarantees": "what fence and log cost (reference: without)",
     "system": "tokens per second and CPU a token",
     "engine": "torch engine beside Hugging Face generate",
+    "sampling": "what grammars, penalties and log probabilities cost (reference: 1 ms, or without them)",
     "transfer": "transfer beside plain copies",
     "vllm": "torch engine beside vLLM",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
 import statistics
 import tempfile
@@ -24,7 +25,7 @@ import transformers
 from benchmarks.table import Row, print_rows
 from pipeline.builtin import builtin_model_path
 from pipeline.config import EngineSettings, PoolSettings, TorchSettings, TransferSettings
-from pipeline.protocol import BackendInput, Log, SamplingOptions, StopConditions
+from pipeline.protocol import BackendInput, Log, OutputOptions, SamplingOptions, StopConditions
 from workers.engine import AsyncEngine, load_engine
 from workers.transfers.block_transfer import BlockTransfer
 
@@ -33,6 +34,8 @@ PREFILL_TOKENS = 512
 PROMPT_TOKENS = 128
 NEW_TOKENS = 128
 BATCHES = (1, 16)
+GREEDY, PLAIN = SamplingOptions(temperature=0), OutputOptions()
+NUMBERS = itertools.count()
 
 
 def run(model: str = "") -> list[dict[str, Any]]:
@@ -78,10 +81,17 @@ async def beside(name: str, ours: Callable[[], Any], reference: Callable[[], flo
 class Ours:
     """The engine, driven as a decode worker drives it."""
 
-    def __init__(self, engine: AsyncEngine, vocabulary: int) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        vocabulary: int,
+        sampling: SamplingOptions = GREEDY,
+        output: OutputOptions = PLAIN,
+    ) -> None:
         self._engine = engine
         self._vocabulary = vocabulary
-        self._requests = 0
+        self._sampling = sampling
+        self._output = output
 
     async def prefill_rate(self) -> float:
         """Prompt tokens a second."""
@@ -110,13 +120,13 @@ class Ours:
         return (tokens - last) / (stopped - started)
 
     def _request(self, prompt_tokens: int, max_tokens: int) -> BackendInput:
-        self._requests += 1
         return BackendInput(
-            request_id=f"bench-{self._requests}",
+            request_id=f"bench-{next(NUMBERS)}",
             model="bench",
             token_ids=[random.randrange(self._vocabulary) for _ in range(prompt_tokens)],
             stop_conditions=StopConditions(max_tokens=max_tokens, ignore_eos=True),
-            sampling_options=SamplingOptions(temperature=0),
+            sampling_options=self._sampling,
+            output_options=self._output,
         )
 
 

@@ -102,18 +102,18 @@ class PoolClient:
 
     async def submit(
         self, request: Request, *, priority: str = "default", deadline_s: float | None = None, idempotency_key: str = "",
-        body_digest: str = "", linger_s: float | None = 0.0, delay_s: float = 0.0,
+        body_digest: str = "", linger_s: float | None = 0.0, delay_s: float = 0.0, stage: str = "",
     ) -> RequestStream:  # fmt: skip
         """Admit a request and stream it. Raises `QueueFull` with `retry_after_s`, `RedisUnavailable`.
 
         Where `idempotency_key` names a request that lives or is done already, that one is read from its first token, as `attach` does,
         and `stream.request` is the stored one; with another digest `IdempotencyConflict` is raised. `deadline_s` is at most the
         lane's. `linger_s`: how long it goes on without a reader, or after this process ended without leaving; None: to its end.
-        `delay_s`: nobody claims it before.
+        `delay_s`: nobody claims it before. `stage`: of a task; where a generation starts is the router's to say.
         """
         admission = self._route(
             Admission(
-                request, "", "", self._name, priority=priority, linger_s=linger_s, delay_s=delay_s,
+                request, stage, priority, self._name, priority=priority, linger_s=linger_s, delay_s=delay_s,
                 idempotency_key=idempotency_key, digest=body_digest,
             )
         )  # fmt: skip
@@ -144,7 +144,7 @@ class PoolClient:
         if found is None:  # its record expired just now, so the key is free
             return await self.submit(
                 request, priority=priority, deadline_s=deadline_s, idempotency_key=idempotency_key,
-                body_digest=body_digest, linger_s=linger_s, delay_s=delay_s,
+                body_digest=body_digest, linger_s=linger_s, delay_s=delay_s, stage=stage,
             )  # fmt: skip
         log.debug("attached by its idempotency key", request_id=admitted)
         return await self.attach(admitted, found=found)
@@ -159,12 +159,12 @@ class PoolClient:
 
         Raises `QueueFull` with `retry_after_s`, `IdempotencyConflict`, `RedisUnavailable`.
         """
-        admission = Admission(
-            request, stage, priority, "", priority=priority, idempotency_key=idempotency_key, digest=body_digest,
-            delay_s=delay_s, notify=self._name,
+        admission = self._route(
+            Admission(
+                request, stage, priority, "", priority=priority, idempotency_key=idempotency_key, digest=body_digest,
+                delay_s=delay_s, notify=self._name,
+            )
         )  # fmt: skip
-        if not stage:
-            admission = self._route(admission)
         limits = self._limits(priority, None)
         if deadline_s is not None:
             limits = dataclasses.replace(limits, deadline_s=deadline_s)
@@ -178,7 +178,9 @@ class PoolClient:
             raise
 
     def _route(self, admission: Admission) -> Admission:
-        """Where it starts, as the pool looks now."""
+        """Where it starts: a task in the stage that it names, a generation as the pool looks now."""
+        if admission.request.task is not None:
+            return admission
         request = admission.request
         prompt_tokens = len(request.input.token_ids)
         n = request.input.sampling_options.n
@@ -264,7 +266,9 @@ class PoolClient:
             if found.has_ended:
                 return stream
             priority = found.lane if found.lane in LANES else "default"
-            admission = Admission(found.request, "", "", self._name, priority=priority, linger_s=found.linger_s)
+            admission = Admission(
+                found.request, found.stage, priority, self._name, priority=priority, linger_s=found.linger_s
+            )
             stream.serve(functools.partial(self._restore, admission, self._limits(priority, None), time.monotonic()))
         try:
             assert self._subscription is not None

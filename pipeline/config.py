@@ -44,6 +44,9 @@ class PoolSettings(Section, frozen=True, kw_only=True):
     response_template: str = (
         ""  # how answers are read: empty for the model's own, "none", a name of Baton's, or a JSON file
     )
+    embeddings: bool = False  # /v1/embeddings, by embed workers
+    pooling: Literal["auto", "last", "mean", "cls"] = "auto"  # auto: what the model's own files say, else last
+    matryoshka: bool = False  # whether its vectors may be cut to the `dimensions` of a request
     loras: str = ""  # NAME=FOLDER NAME2=FOLDER2: adapters of the model, each a model of its own in the API
 
     @property

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pipeline.errors import InvalidRequest
 
-GUIDED_DECODING, LOGPROBS, LORA = "guided_decoding", "logprobs", "lora"
+GUIDED_DECODING, LOGPROBS, PROMPT_LOGPROBS, LORA = "guided_decoding", "logprobs", "prompt_logprobs", "lora"
+MIN_P, PENALTIES, LOGIT_BIAS = "min_p", "penalties", "logit_bias"
+EMBEDDINGS = "embeddings"
 
 SERVED: dict[str, frozenset[str]] = {
-    "vllm": frozenset({GUIDED_DECODING, LOGPROBS, LORA})
+    "torch": frozenset({EMBEDDINGS, GUIDED_DECODING, LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS}),
+    "vllm": frozenset({GUIDED_DECODING, LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS, LORA}),
 }  # by engine; of the others none
 
 

@@ -74,7 +74,7 @@ class Preprocessor:
             token_ids = self._reader(param).encode(prompt, add_special_tokens=True)
             return with_form(self._assemble(request_id, token_ids, wanted, param=param), form)
         ready = self._assemble(request_id, list(prompt), wanted, param=param)
-        self._check_ids(prompt, param)  # after the length: there may be millions
+        self.check_ids(prompt, param)  # after the length: there may be millions
         return with_form(ready, form)
 
     def _check_tools(self, tokenizer: Tokenizer, form: AnswerForm) -> None:
@@ -85,6 +85,23 @@ class Preprocessor:
                 f"pools.{self.model}.response_template, or tool_choice to required, none or a function",
                 param="tools",
             )
+
+    def embedding(self, given: str | list[int], param: str) -> list[int]:
+        """Token ids of one input to be embedded, which may fill the whole context. Raises InvalidRequest and ContextLengthExceeded."""
+        if not given:
+            raise InvalidRequest("an input is empty: there is nothing to embed", param=param)
+        if isinstance(given, str) and isinstance(self.tokenizer, NoTokenizer):
+            raise InvalidRequest(
+                f"model {self.model!r} is served without a tokenizer: send token ids as input", param=param
+            )
+        token_ids = self._reader(param).encode(given, add_special_tokens=True) if isinstance(given, str) else given
+        if not 0 < len(token_ids) <= self.max_model_len:
+            raise ContextLengthExceeded(
+                f"model {self.model!r} takes 1 to {self.max_model_len} tokens; this input has {len(token_ids)}",
+                param=param,
+            )
+        self.check_ids(token_ids, param)
+        return token_ids
 
     def _reader(self, param: str) -> Tokenizer:
         """Who reads text. Raises InvalidRequest where nobody does."""
@@ -99,7 +116,7 @@ class Preprocessor:
     def _assemble(self, request_id: str, token_ids: list[int], wanted: Wanted, *, param: str) -> BackendInput:
         if wanted.stop.stop:
             self._reader("stop")
-        self._check_ids(wanted.stop.stop_token_ids or [], "stop_token_ids")
+        self.check_ids(wanted.stop.stop_token_ids or [], "stop_token_ids")
         self._check_bias(wanted.sampling.logit_bias or {})
         token_ids = truncated(
             token_ids, wanted.truncate_prompt_tokens, self.max_model_len - (wanted.stop.max_tokens or 1)
@@ -140,7 +157,8 @@ class Preprocessor:
                     param=f"logit_bias.{token[:20]}",
                 )
 
-    def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
+    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raises InvalidRequest for the first id that is not in the model's vocabulary."""
         size = self.tokenizer.vocab_size
         for position, token_id in enumerate(token_ids):
             if not 0 <= token_id < size:

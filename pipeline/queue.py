@@ -34,7 +34,8 @@ from pipeline.protocol import (
 )
 from pipeline.routing import blocks_needed
 
-STAGES = ("prefill", "decode")
+STAGES = ("prefill", "decode")  # of a generation
+EMBED = "embed"  # Baton's own stage beside them, and the name of its task; to all else it is a queue of tasks like any other
 LANES = ("high", "default", "low")
 SWEPT = ("expired", "parked", "dead", "moved", "deleted", "cancelled", "resumed", "held_back")
 ENDED_STATES = ("done", "failed", "cancelled", "expired", "dead")

@@ -51,8 +51,12 @@ TokenToBytes = Callable[[str], bytes]
 class NoTokenizer:
     """A model that is served by token ids alone: what its configuration says of them. It needs a folder with a `config.json`."""
 
-    def __init__(self, vocab_size: int, *, eos_token_ids: Sequence[int] = (), max_model_len: int | None = None) -> None:
+    def __init__(
+        self, vocab_size: int, *, eos_token_ids: Sequence[int] = (), max_model_len: int | None = None,
+        hidden_size: int | None = None,
+    ) -> None:  # fmt: skip
         self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
         self.eos_token_ids = list(eos_token_ids)
         self.max_model_len = max_model_len
 
@@ -65,15 +69,18 @@ class NoTokenizer:
         if vocab_size is None:
             raise ConfigError(f"{source!r} has no config.json with a vocab_size, which a pool without tokenizer needs")
         eos_token_ids = _named_eos(config, generation_config)
-        return cls(vocab_size, eos_token_ids=eos_token_ids, max_model_len=_max_model_len(config))
+        return cls(
+            vocab_size, eos_token_ids=eos_token_ids, max_model_len=_max_model_len(config),
+            hidden_size=_model_value(config, "hidden_size"),
+        )  # fmt: skip
 
 
 class Tokenizer:
     """Text to token ids and back for one model. Reading only; safe to share between threads.
 
     `eos_token_ids` end a generation; `vocab_size` bounds ids in requests (the model's embedding rows where `config.json` says so);
-    `max_model_len` is what `config.json` says, None where it says nothing. `response_format`: how the model writes reasoning and calls of
-    tools, None where nobody says.
+    `max_model_len` and `hidden_size` are what `config.json` says, None where it says nothing. `response_format`: how the model writes
+    reasoning and calls of tools, None where nobody says.
     """
 
     def __init__(
@@ -98,6 +105,7 @@ class Tokenizer:
         self.response_format: ResponseFormat | None = response_format(
             response_template, getattr(hf, "response_template", None)
         )
+        self.hidden_size: int | None = _model_value(config, "hidden_size")
 
     @classmethod
     def load(cls, source: str, *, response_template: str = "") -> Tokenizer:
@@ -127,9 +135,25 @@ class Tokenizer:
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     @property
+    def known_tokens(self) -> int:
+        """Ids that the tokenizer has, added ones among them; models may have fewer or more."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def as_json(self) -> str:
+        """The tokenizer as a `tokenizer.json`, of which no text is padded or cut."""
+        plain = TokenizerBackend.from_str(self._backend.to_str())
+        plain.no_padding()
+        plain.no_truncation()
+        return plain.to_str()
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model can be talked to in messages."""
         return self._hf.chat_template is not None
+
+    def token_strs(self, token_ids: Sequence[int]) -> list[str]:
+        """The name of each token in the vocabulary; empty for an id that has none."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
 
     def render(self, conversation: Conversation) -> str:
         """The prompt that the model's chat template makes. Raises InvalidRequest where the template refuses it, or a variable is not the

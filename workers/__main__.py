@@ -1,4 +1,4 @@
-"""`python -m workers prefill|decode|QUEUE`: one worker process of one pool. The only place here that wires parts together."""
+"""`python -m workers prefill|decode|embed|QUEUE`: one worker process of one pool. The only place here that wires parts together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import structlog
 import uvloop
 
 import pipeline
-from pipeline.config import Settings
+from pipeline.config import PoolSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, ConfigError
 from pipeline.exits import Exit, exit_for
@@ -22,12 +22,14 @@ from pipeline.ids import new_process_name
 from pipeline.logs import configure
 from pipeline.processes import die_with_parent
 from pipeline.protocol import FinishReason, LLMEngineOutput
+from pipeline.queue import EMBED, STAGES
 from pipeline.settings_file import add_arguments, settings_from
-from workers import decode, prefill, stages
-from workers.banner import banner, engine_rows, stage_rows
+from workers import decode, embed, prefill, stages
+from workers.banner import Rows, banner, embedding_rows, engine_rows, stage_rows
 from workers.child import ChildEngine
 from workers.control import WorkerControl, engine_told
 from workers.departure import Departure
+from workers.engine import EngineInfo
 from workers.holdings import Held, Holdings
 from workers.kv_events import KVEventWriter
 from workers.stages import NoResources, StageCapacity, Stages, load_stages
@@ -39,15 +41,15 @@ from workers.worker import Worker
 
 log = structlog.get_logger("baton.worker")
 
-ENGINE_STAGES = ("prefill", "decode")
+ENGINE_STAGES = (*STAGES, EMBED)
 
 
 def main() -> None:
     """Run a worker until a signal asks it to leave (see `workers/departure.py`)."""
     parser = argparse.ArgumentParser(
-        prog="baton worker", description="Run one prefill or decode worker, or one of a queue of one's own."
+        prog="baton worker", description="Run one prefill, decode or embed worker, or one of a queue of one's own."
     )
-    parser.add_argument("stage", help="prefill, decode, or a queue of the app")
+    parser.add_argument("stage", help="prefill, decode, embed, or (with --app) a queue of the app")
     parser.add_argument(
         "--app", default="", help="module with the tasks of a queue of one's own: mystages or mystages:stages"
     )
@@ -67,6 +69,7 @@ def main() -> None:
         name = arguments.name or new_process_name(arguments.stage)
         configure(settings.log, name)
         pool = only_pool(settings, arguments.pool)
+        check_embeds(settings.pools[pool], pool, arguments.stage, has_app=app is not None)
         if app is None:
             uvloop.run(run(settings, pool, arguments.stage, name))
         else:
@@ -78,15 +81,28 @@ def main() -> None:
 
 def app_of(stage: str, app: str) -> Stages | None:
     """The tasks of a queue of one's own; None for Baton's own stages. Raises `ConfigError` where the two do not fit."""
-    if stage in ENGINE_STAGES:
-        if app:
-            raise ConfigError(f"--app {app}: a {stage} worker runs Baton's own task; leave it out")
+    if app and stage in STAGES:
+        raise ConfigError(f"--app {app}: a {stage} worker runs Baton's own task; leave it out")
+    if not app and stage in ENGINE_STAGES:
         return None
     if not app:
-        raise ConfigError(f"{stage} is neither prefill nor decode: a queue of one's own needs --app MODULE")
+        raise ConfigError(f"{stage} is none of {', '.join(ENGINE_STAGES)}: a queue of one's own needs --app MODULE")
     stages = load_stages(app)
     stages.on(stage)
     return stages
+
+
+def check_embeds(settings: PoolSettings, pool: str, stage: str, *, has_app: bool) -> None:
+    """Raises `ConfigError` where the queue `embed` is not for whom this worker would work."""
+    if stage != EMBED or settings.embeddings != has_app:
+        return
+    if has_app:
+        raise ConfigError(
+            f"--app: pools.{pool}.embeddings is true, so its queue {EMBED} is Baton's own: name yours otherwise"
+        )
+    raise ConfigError(
+        f"pools.{pool}.embeddings is false, so nothing would come: set it to true for the API and this worker"
+    )
 
 
 def only_pool(settings: Settings, wanted: str) -> str:
@@ -104,7 +120,7 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
     holdings = Holdings()
     exports = stage == "prefill"
     transfer = await with_addresses(settings.transfer, settings.redis.url) if exports else settings.transfer
-    engine = ChildEngine(name, pool_settings, settings.engine, transfer, exports=exports)
+    engine = ChildEngine(name, pool_settings, settings.engine, transfer, exports=exports, embeds=stage == EMBED)
     stops = StopStrings(pool_settings)
     connection = Connection(settings.redis)
     supervisor = EngineSupervisor(
@@ -138,19 +154,26 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
 
     if stage == "prefill":
         prefill.register(worker, engine, stops)
+    elif stage == EMBED:
+        embed.register(worker, engine)
     else:
         decode.register(worker, engine, holdings, stops)
     try:
         if await departure.unless_asked(connection.reach()) and await departure.unless_asked(supervisor.start()):
             _show(settings, banner(
                 name, pool, stage, redis_url=settings.redis.url, lanes=worker.lanes, tasks=worker.tasks,
-                version=pipeline.__version__, rows=engine_rows(engine.info, settings.transfer.kind),
+                version=pipeline.__version__, rows=rows_of(stage, engine.info, settings),
             ))  # fmt: skip
             departure.lead(worker.drain, worker.leave_now)
             await _work(worker, supervisor.run(), steps.run(), control.run(), kv_events.run(engine))
     finally:
         await supervisor.close()
         await connection.close()
+
+
+def rows_of(stage: str, info: EngineInfo, settings: Settings) -> Rows:
+    """What the banner tells of the engine."""
+    return embedding_rows(info) if stage == EMBED else engine_rows(info, settings.transfer.kind)
 
 
 def _show(settings: Settings, text: str) -> None:

@@ -31,6 +31,14 @@ def engine_rows(engine: EngineInfo, transfer: str) -> Rows:
     ]
 
 
+def embedding_rows(engine: EngineInfo) -> Rows:
+    """Of a worker that makes embeddings."""
+    return [
+        ("engine", f"{engine.name} ({engine.model}, {engine.layout} numbers)"),
+        ("concurrency", f"{engine.max_num_batched_tokens} tokens"),
+    ]
+
+
 def stage_rows(queue: str, concurrency: int) -> Rows:
     """Of a worker of a stage of one's own."""
     return [("queue", queue), ("concurrency", f"{concurrency} tasks")]

@@ -27,26 +27,37 @@ from pipeline.kv_events import KVEvent
 from pipeline.processes import ending
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
 from workers import messages as m
-from workers.engine import AsyncEngine, EngineInfo, EngineStats, Prefilled, load_engine
+from workers.engine import (
+    AsyncEngine,
+    EmbeddingEngine,
+    EngineInfo,
+    EngineStats,
+    Prefilled,
+    load_embedding_engine,
+    load_engine,
+)
 from workers.transfer import load_transfer
 
 STATS_S = 0.25
 ENDS_WITHIN_S = 1.0  # after its line
 
+Engine = AsyncEngine | EmbeddingEngine
+
 
 class ChildEngine:
-    """`AsyncEngine` in a child process. After `EngineDied` it can be started again."""
+    """`AsyncEngine` or `EmbeddingEngine` in a child process. After `EngineDied` it can be started again."""
 
     def __init__(
-        self, owner: str, pool: PoolSettings, engine: EngineSettings, transfer: TransferSettings, *, exports: bool
-    ) -> None:
-        self._start = m.Start(owner, pool, engine, transfer, exports)
+        self, owner: str, pool: PoolSettings, engine: EngineSettings, transfer: TransferSettings, *,
+        exports: bool, embeds: bool = False,
+    ) -> None:  # fmt: skip
+        self._start = m.Start(owner, pool, engine, transfer, exports, embeds)
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._calls: dict[int, asyncio.Future[m.PrefillAnswer | m.DecodeAnswer]] = {}
+        self._calls: dict[int, asyncio.Future[m.CallAnswer]] = {}
         self._numbers = itertools.count(1)
         self._steps: asyncio.Queue[list[LLMEngineOutput] | EngineDied] = asyncio.Queue()
         self._kv_events: asyncio.Queue[list[KVEvent]] = asyncio.Queue()
@@ -96,9 +107,15 @@ class ChildEngine:
         assert isinstance(answer, m.DecodeAnswer)
         return answer.cached_tokens
 
-    async def _call(self, request_id: str, message: object) -> m.PrefillAnswer | m.DecodeAnswer:
+    async def embed(self, request_id: str, sequences: list[list[int]], dimensions: int | None) -> list[bytes]:
+        """See `EmbeddingEngine.embed`."""
+        answer = await self._call(request_id, lambda call: m.Embed(call, request_id, sequences, dimensions))
+        assert isinstance(answer, m.EmbedAnswer)
+        return answer.vectors
+
+    async def _call(self, request_id: str, message: object) -> m.CallAnswer:
         call = next(self._numbers)
-        future: asyncio.Future[m.PrefillAnswer | m.DecodeAnswer] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[m.CallAnswer] = asyncio.get_running_loop().create_future()
         self._calls[call] = future
         try:
             self._send(message(call))  # type: ignore[operator]
@@ -201,7 +218,7 @@ class ChildEngine:
                 self._kv_events.put_nowait(message.events)
             case m.Stats():
                 self._stats = message.stats
-            case m.PrefillAnswer() | m.DecodeAnswer():
+            case m.PrefillAnswer() | m.DecodeAnswer() | m.EmbedAnswer():
                 if (future := self._calls.get(message.call)) and not future.done():
                     future.set_result(message)
                 else:
@@ -215,7 +232,7 @@ class ChildEngine:
                 if self._started is not None and not self._started.done():
                     self._started.set_result(message.info)
 
-    def _free_unheard(self, answer: m.PrefillAnswer | m.DecodeAnswer) -> None:
+    def _free_unheard(self, answer: m.CallAnswer) -> None:
         """Nobody waits for this answer any more: nobody else will ever free the blocks that it exported."""
         if isinstance(answer, m.PrefillAnswer) and answer.prefilled.kv is not None:
             with contextlib.suppress(EngineDied):
@@ -313,11 +330,11 @@ class _Host:
         finally:
             self._inbox.put_nowait(m.Close())
 
-    async def _take_commands(self, engine: AsyncEngine) -> None:
+    async def _take_commands(self, engine: Engine) -> None:
         while True:
             message = await self._inbox.get()
             match message:
-                case m.Prefill() | m.Decode():
+                case m.Prefill() | m.Decode() | m.Embed():
                     task = asyncio.create_task(self._answer(engine, message))
                     self._keep(task)
                     await asyncio.sleep(0)  # it is in the engine before a cancellation that lies behind it is read
@@ -333,36 +350,45 @@ class _Host:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _answer(self, engine: AsyncEngine, message: m.Prefill | m.Decode) -> None:
-        answer: m.PrefillAnswer | m.DecodeAnswer | m.Failed
+    async def _answer(self, engine: Engine, message: m.Prefill | m.Decode | m.Embed) -> None:
+        answer: m.CallAnswer | m.Failed
         try:
-            if isinstance(message, m.Prefill):
+            if isinstance(engine, EmbeddingEngine):
+                assert isinstance(message, m.Embed)
+                vectors = await engine.embed(message.request_id, message.sequences, message.dimensions)
+                answer = m.EmbedAnswer(message.call, vectors)
+            elif isinstance(message, m.Prefill):
                 answer = m.PrefillAnswer(message.call, await engine.prefill(message.request, message.done))
                 m.send(self._writer, m.Stats(engine.stats()))  # what it exported counts before the next claim
             else:
+                assert isinstance(message, m.Decode)
                 answer = m.DecodeAnswer(message.call, await engine.decode(message.request, message.kv, message.done))
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # the parent classifies it
             answer = _failed(message.call, error)
         m.send(self._writer, answer)
 
-    async def _pump_steps(self, engine: AsyncEngine) -> None:
+    async def _pump_steps(self, engine: Engine) -> None:
         async for outputs in engine.steps():
             m.send(self._writer, m.Step(outputs))
             await self._writer.drain()
 
-    async def _pump_kv_events(self, engine: AsyncEngine) -> None:
+    async def _pump_kv_events(self, engine: Engine) -> None:
         async for events in engine.kv_events():
             m.send(self._writer, m.CacheNews(events))
 
-    async def _pump_stats(self, engine: AsyncEngine) -> None:
+    async def _pump_stats(self, engine: Engine) -> None:
         while True:
             m.send(self._writer, m.Stats(engine.stats()))
             await asyncio.sleep(STATS_S)
 
 
-async def _start_engine(start: m.Start) -> AsyncEngine:
-    transfer = load_transfer(start.transfer, start.owner, exports=start.exports)
-    engine = load_engine(start.pool, start.engine, transfer)
+async def _start_engine(start: m.Start) -> Engine:
+    engine: Engine
+    if start.embeds:
+        engine = load_embedding_engine(start.pool, start.engine)
+    else:
+        transfer = load_transfer(start.transfer, start.owner, exports=start.exports)
+        engine = load_engine(start.pool, start.engine, transfer)
     try:
         await engine.start()
     except BaseException:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import msgspec
 
@@ -70,8 +70,8 @@ class Prefilled(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int  # prompt tokens served from the prefix cache
 
 
-class AsyncEngine(Protocol):
-    """See the module's docstring. Request ids are unique among the requests that an engine holds."""
+class BaseEngine(Protocol):
+    """What every engine has, whatever it computes. Request ids are unique among the requests that an engine holds."""
 
     @property
     def info(self) -> EngineInfo:
@@ -80,22 +80,6 @@ class AsyncEngine(Protocol):
 
     async def start(self) -> None:
         """Load the model, take the memory. Raises `Unservable` naming why, before any request is taken."""
-        ...
-
-    async def prefill(self, request: BackendInput, done: Log) -> Prefilled:
-        """Compute the prompt and sample the first token of each choice whose log is empty; export the blocks.
-
-        Raises `Unservable` when the request cannot fit this engine at all, `asyncio.CancelledError` when cancelled.
-        """
-        ...
-
-    async def decode(self, request: BackendInput, kv: KVHandle | None, done: Log) -> int:
-        """Join the batch; returns the number of prompt tokens that were not computed here (from cache or handle).
-
-        With `kv` the blocks are fetched first; raises `KVLost` where they are not what the handle says, and the caller
-        decides. With `kv=None` prompt and logged tokens are computed here, in chunks. Choices whose log is finished
-        are left out. Returns before the first step's output of this request appears in `steps`.
-        """
         ...
 
     def steps(self) -> AsyncIterator[list[LLMEngineOutput]]:
@@ -124,6 +108,38 @@ class AsyncEngine(Protocol):
         ...
 
 
+class AsyncEngine(BaseEngine, Protocol):
+    """An engine that generates; see the module's docstring."""
+
+    async def prefill(self, request: BackendInput, done: Log) -> Prefilled:
+        """Compute the prompt and sample the first token of each choice whose log is empty; export the blocks.
+
+        Raises `Unservable` when the request cannot fit this engine at all, `asyncio.CancelledError` when cancelled.
+        """
+        ...
+
+    async def decode(self, request: BackendInput, kv: KVHandle | None, done: Log) -> int:
+        """Join the batch; returns the number of prompt tokens that were not computed here (from cache or handle).
+
+        With `kv` the blocks are fetched first; raises `KVLost` where they are not what the handle says, and the caller
+        decides. With `kv=None` prompt and logged tokens are computed here, in chunks. Choices whose log is finished
+        are left out. Returns before the first step's output of this request appears in `steps`.
+        """
+        ...
+
+
+@runtime_checkable
+class EmbeddingEngine(BaseEngine, Protocol):
+    """An engine that makes vectors of token sequences. It has no steps with outputs, and keeps nothing of a request."""
+
+    async def embed(self, request_id: str, sequences: list[list[int]], dimensions: int | None) -> list[bytes]:
+        """The vector of each sequence, as little-endian float32; of `dimensions` numbers where that is given.
+
+        Raises `EngineError` where a batch failed, `asyncio.CancelledError` when cancelled.
+        """
+        ...
+
+
 class EngineFactory(Protocol):
     """What a module of `workers.engines` offers as `create_engine`."""
 
@@ -143,3 +159,15 @@ def load_engine(pool: PoolSettings, engine: EngineSettings, transfer: Transfer) 
         raise ConfigError(f"pools.<name>.engine: {pool.engine!r} is none of {', '.join(modules)}")
     create = cast(EngineFactory, import_module(modules[pool.engine]).create_engine)
     return create(pool, engine, transfer)
+
+
+def load_embedding_engine(pool: PoolSettings, engine: EngineSettings) -> EmbeddingEngine:
+    """The engine that makes this pool's vectors, not yet started. Raises `ConfigError` where its engine makes none."""
+    modules = {"torch": "workers.engines.torch.embedder"}
+    if pool.engine not in modules:
+        raise ConfigError(
+            f"pools.<name>.engine: {pool.engine!r} makes no embeddings, only {', '.join(modules)} does: "
+            "set pools.<name>.embeddings to false, or serve the model in a pool with that engine"
+        )
+    create = import_module(modules[pool.engine]).create_embedding_engine
+    return cast(EmbeddingEngine, create(pool, engine))

@@ -22,6 +22,7 @@ class Start(msgspec.Struct, tag="start", frozen=True):
     engine: EngineSettings
     transfer: TransferSettings
     exports: bool
+    embeds: bool = False  # an embedding engine is wanted
 
 
 class Prefill(msgspec.Struct, tag="prefill", frozen=True):
@@ -41,6 +42,15 @@ class Decode(msgspec.Struct, tag="decode", frozen=True):
     done: Log
 
 
+class Embed(msgspec.Struct, tag="embed", frozen=True):
+    """Run `EmbeddingEngine.embed`."""
+
+    call: int
+    request_id: str
+    sequences: list[list[int]]
+    dimensions: int | None
+
+
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
     """Run `AsyncEngine.cancel`; no answer."""
 
@@ -58,7 +68,7 @@ class Close(msgspec.Struct, tag="close", frozen=True):
     """Close the engine and exit."""
 
 
-ToChild = Start | Prefill | Decode | Cancel | Release | Close
+ToChild = Start | Prefill | Decode | Embed | Cancel | Release | Close
 
 
 class Started(msgspec.Struct, tag="started", frozen=True):
@@ -80,6 +90,13 @@ class DecodeAnswer(msgspec.Struct, tag="decoding", frozen=True):
 
     call: int
     cached_tokens: int
+
+
+class EmbedAnswer(msgspec.Struct, tag="embedded", frozen=True):
+    """Answer to `Embed`."""
+
+    call: int
+    vectors: list[bytes]
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
@@ -109,7 +126,8 @@ class CacheNews(msgspec.Struct, tag="kv", frozen=True):
     events: list[KVEvent]
 
 
-FromChild = Started | PrefillAnswer | DecodeAnswer | Failed | Step | Stats | CacheNews
+CallAnswer = PrefillAnswer | DecodeAnswer | EmbedAnswer
+FromChild = Started | CallAnswer | Failed | Step | Stats | CacheNews
 
 _encode = msgspec.msgpack.Encoder().encode
 

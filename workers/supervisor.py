@@ -107,10 +107,11 @@ class EngineSupervisor:
 STEPS_AHEAD = (
     2  # steps of prompt tokens that a prefill worker holds: one that runs, and what comes next without a pause
 )
+BY_TOKENS = ("prefill", "embed")  # stages whose workers hold as much as some steps of prompt tokens
 
 
 class EngineCapacity:
-    """What a worker may claim: bounded by blocks and sequences, and for prefill by tokens in work and room for handles."""
+    """What a worker may claim: bounded by blocks and sequences, for embeddings by tokens in work, for prefill also by room for handles."""
 
     def __init__(
         self, engine: ChildEngine, holdings: Holdings, supervisor: Callable[[], bool], *, stage: str,
@@ -128,21 +129,22 @@ class EngineCapacity:
             return 0
         info = self._engine.info
         in_use = self._holdings.blocks(info.block_size)
+        is_full = self._holdings.prompt_tokens() >= STEPS_AHEAD * max(1, info.max_num_batched_tokens)
+        if self._stage in BY_TOKENS and is_full:
+            return 0
         if self._stage == "prefill":
-            if self._holdings.prompt_tokens() >= STEPS_AHEAD * max(1, info.max_num_batched_tokens):
-                return 0
             stats = self._engine.stats()
             exported, room = stats.handle_bytes // info.block_nbytes, self._room(stats)
             for_lane = free_for_share(share, room, exported + in_use)
             return min(info.num_blocks - in_use, room - exported - in_use, for_lane)
-        if self._holdings.choices() >= info.max_num_seqs:
+        if self._stage == "decode" and self._holdings.choices() >= info.max_num_seqs:
             return 0
         return info.num_blocks - in_use
 
     def is_ahead(self) -> bool:
-        """See `Capacity.is_ahead`: for prefill, when a step is full."""
+        """See `Capacity.is_ahead`: for prefill and embeddings, when a step is full."""
         info = self._engine.info
-        return self._stage == "prefill" and self._holdings.prompt_tokens() >= max(1, info.max_num_batched_tokens)
+        return self._stage in BY_TOKENS and self._holdings.prompt_tokens() >= max(1, info.max_num_batched_tokens)
 
     def total_blocks(self) -> int:
         """See `Capacity.total_blocks`."""

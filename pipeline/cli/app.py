@@ -18,7 +18,7 @@ from pipeline.cli.operate import add_operators_commands
 from pipeline.cli.options import ConfigOption, Given, JsonOption, SetOption, given
 from pipeline.cli.plain import PlainGroup
 from pipeline.errors import ConfigError
-from pipeline.queue import STAGES
+from pipeline.queue import EMBED, STAGES
 from pipeline.redis_server import running_redis
 from pipeline.settings_file import nearest
 
@@ -69,6 +69,7 @@ def _say_version(wanted: bool) -> None:
 def up(
     prefill: Annotated[int, typer.Option(min=0, help="Prefill workers of each pool.")] = 1,
     decode: Annotated[int, typer.Option(min=1, help="Decode workers of each pool.")] = 1,
+    embed: Annotated[int, typer.Option(min=0, help="Embed workers of each pool that makes embeddings.")] = 1,
     host: Annotated[str | None, typer.Option(help="Address of the API (api.host).")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the API (api.port); 0 takes a free one.")] = None,
     redis_url: Annotated[str | None, typer.Option(help="Use this Redis (redis.url) and start none.")] = None,
@@ -80,7 +81,7 @@ def up(
     from pipeline.cli.up import Counts, run_up
 
     source = given(config, overrides, api__host=host, api__port=port, redis__url=redis_url)
-    raise typer.Exit(asyncio.run(run_up(source, Counts(prefill, decode), with_sample=sample)))
+    raise typer.Exit(asyncio.run(run_up(source, Counts(prefill, decode, embed), with_sample=sample)))
 
 
 def api(config: ConfigOption = None, overrides: SetOption = None) -> None:
@@ -94,7 +95,9 @@ def api(config: ConfigOption = None, overrides: SetOption = None) -> None:
 
 
 def worker(
-    stage: Annotated[str, typer.Argument(help="prefill, decode, or the queue of a stage of your own (with --app).")],
+    stage: Annotated[
+        str, typer.Argument(help="prefill, decode, embed, or the queue of a stage of your own (with --app).")
+    ],
     app: Annotated[
         str | None,
         typer.Option(metavar="MODULE", help="Where the tasks of that queue are: mystages, or mystages:stages."),
@@ -108,16 +111,16 @@ def worker(
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """Run one worker in this process: of prefill, of decode, or of a stage of your own.
+    """Run one worker in this process: of prefill, of decode, of embed, or of a stage of your own.
 
     A stage of your own needs no engine: its tasks are functions of the module that --app names.
     """
     own = [word for flag, value in (("--pool", pool), ("--name", name)) if value for word in (flag, value)]
     if app:
         own += ["--app", app]
-    elif stage not in STAGES:
-        hint = nearest(stage, STAGES)
-        raise ConfigError(f"{stage} is neither prefill nor decode{hint or ';'} a queue of your own needs --app MODULE")
+    elif stage not in (stages := (*STAGES, EMBED)):
+        hint = nearest(stage, stages)
+        raise ConfigError(f"{stage} is none of {', '.join(stages)}{hint or ';'} a queue of your own needs --app MODULE")
     source = given(config, overrides, worker__concurrency=concurrency)
     pools = source.settings().pools
     if pool is None and len(pools) > 1:

@@ -23,7 +23,7 @@ import socket
 import sys
 import sysconfig
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,13 +33,13 @@ import msgspec
 from pipeline.cli.children import Child, ChildEnded, Restarts, Terminal
 from pipeline.cli.openai_stream import stream_chat
 from pipeline.cli.options import Given, api_url
-from pipeline.config import Settings
+from pipeline.config import PoolSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, RedisUnavailable
 from pipeline.exits import Exit, PortTaken, exit_for
 from pipeline.keys import PoolKeys
 from pipeline.processes import ending
-from pipeline.queue import PoolQueue
+from pipeline.queue import EMBED, PoolQueue
 from pipeline.redis_server import RedisServer, find_server
 from pipeline.settings_file import load_settings
 from pipeline.snapshot import take_snapshot
@@ -51,10 +51,11 @@ _LOOK_S = 0.1
 
 
 class Counts(NamedTuple):
-    """Workers of each pool."""
+    """Workers of each pool; of `embed` where the pool makes embeddings."""
 
     prefill: int
     decode: int
+    embed: int = 1
 
 
 async def run_up(source: Given, counts: Counts, *, with_sample: bool) -> int:
@@ -98,13 +99,14 @@ class Worker:
     name: str = ""
 
 
-def worker_places(pools: list[str], counts: Counts) -> list[WorkerPlace]:
+def worker_places(pools: Mapping[str, PoolSettings], counts: Counts) -> list[WorkerPlace]:
     """The workers of each pool; labels name the pool where there are several."""
     prefix = {pool: f"{pool}." if len(pools) > 1 else "" for pool in pools}
     return [
         WorkerPlace(pool, stage, number, f"{prefix[pool]}{stage}-{number}")
-        for pool in pools
+        for pool, settings in pools.items()
         for stage, count in counts._asdict().items()
+        if stage != EMBED or settings.embeddings
         for number in range(count)
     ]
 
@@ -116,7 +118,7 @@ class Up:
         self._source = source
         self._settings = settings
         self._with_sample = with_sample
-        places = worker_places(list(settings.pools), counts)
+        places = worker_places(settings.pools, counts)
         self._terminal = Terminal(["baton", "api", *(place.label for place in places)])
         self._redis: RedisServer | None = None
         self._url = settings.redis.url
@@ -340,7 +342,7 @@ async def _registered(connection: Connection, worker: Worker) -> None:
     while True:
         with contextlib.suppress(RedisUnavailable):
             snapshot = await take_snapshot(connection, keys)
-            if worker.name in snapshot.workers[worker.place.stage]:
+            if worker.name in snapshot.workers.get(worker.place.stage, {}):
                 return
         await asyncio.sleep(_LOOK_S)
 

@@ -196,8 +196,8 @@ local function park(id, counts, max_attempts, why, delay_ms, suspect)
     finish(id, 'dead', why .. ' after ' .. attempts .. (attempts == 1 and ' attempt in ' or ' attempts in ') .. stage, '')
     return 'dead'
   end
-  local has_engine = stage == 'prefill' or stage == 'decode'
-  local runs_alone = has_engine and (suspect == 'always' or (is_stuck and (suspect == 'stuck' or h[8] == '1')))
+  local has_engine = stage == 'prefill' or stage == 'decode' -- of others only the worker knows: it says 'always'
+  local runs_alone = suspect == 'always' or (is_stuck and (h[8] == '1' or (has_engine and suspect == 'stuck')))
   redis.call('HSET', req, 'state', 'queued', 'owner', '', 'suspect', runs_alone and '1' or '')
   count_waiting(stage, lane, h[4], 1)
   event('task-retried', id, stage, lane, h[7], why)

@@ -11,14 +11,12 @@ import pydantic
 import pytest
 import pytest_asyncio
 
-from pipeline.features import GUIDED_DECODING, is_served
 from pipeline.redis_server import RedisServer
 from tests.serving import Served, serving
 from tests.system import POOL
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-ENGINE = "torch"
 QUESTION: Any = [{"role": "user", "content": "Tell me a short story about a runner."}]
 GREEDY = {"temperature": 0}  # which this client has no argument for any more
 ASKED: Any = {"model": POOL, "max_tokens": 60, "messages": QUESTION, "extra_body": GREEDY}
@@ -32,16 +30,11 @@ TOOL: Any = {
         "additionalProperties": False,
     },
 }
-needs_grammars = pytest.mark.skipif(
-    not is_served(ENGINE, GUIDED_DECODING), reason=f"the engine {ENGINE} has no grammars yet"
-)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served(default_redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    async with serving(
-        default_redis_server, tmp_path_factory.mktemp("served"), f"pools.{POOL}.engine={ENGINE}"
-    ) as served:
+    async with serving(default_redis_server, tmp_path_factory.mktemp("served"), f"pools.{POOL}.engine=torch") as served:
         yield served
 
 
@@ -160,7 +153,6 @@ async def test_errors_are_the_clients_own(
     assert set(body["error"]) == {"type", "message"}
 
 
-@needs_grammars
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}])
 async def test_a_tool_is_called(client: anthropic.AsyncAnthropic, choice: Any) -> None:
     asked = ASKED | {"tools": [TOOL], "tool_choice": choice | {"disable_parallel_tool_use": True}}
@@ -176,7 +168,6 @@ async def test_a_tool_is_called(client: anthropic.AsyncAnthropic, choice: Any) -
     assert streamed.type == "tool_use" and (streamed.name, streamed.input) == (call.name, call.input)
 
 
-@needs_grammars
 async def test_an_answer_is_parsed(client: anthropic.AsyncAnthropic) -> None:
     class City(pydantic.BaseModel):
         model_config = pydantic.ConfigDict(extra="forbid")
@@ -184,15 +175,6 @@ async def test_an_answer_is_parsed(client: anthropic.AsyncAnthropic) -> None:
 
     message = await client.messages.parse(**ASKED, output_format=City)
     assert isinstance(message.parsed_output, City)
-
-
-@pytest.mark.skipif(is_served(ENGINE, GUIDED_DECODING), reason="it has grammars")
-async def test_what_needs_a_grammar_is_refused_without_one(client: anthropic.AsyncAnthropic) -> None:
-    with pytest.raises(anthropic.BadRequestError, match="tool_choice is not supported"):
-        await client.messages.create(**ASKED | {"tools": [TOOL], "tool_choice": {"type": "any"}})
-    schema: Any = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
-    with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format is not supported"):
-        await client.messages.create(**ASKED, output_config=schema)
 
 
 async def test_the_synchronous_client(served: Served) -> None:

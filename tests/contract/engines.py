@@ -12,7 +12,15 @@ import msgspec
 import pytest
 
 from pipeline.config import EngineSettings, MockSettings, PoolSettings, TorchSettings, TransferSettings
-from pipeline.protocol import BackendInput, FinishReason, LLMEngineOutput, Log, SamplingOptions, StopConditions
+from pipeline.protocol import (
+    BackendInput,
+    FinishReason,
+    LLMEngineOutput,
+    Log,
+    OutputOptions,
+    SamplingOptions,
+    StopConditions,
+)
 from workers.engine import load_engine
 from workers.engines.paged.engine import PagedEngine
 from workers.transfers.block_transfer import BlockTransfer
@@ -137,6 +145,7 @@ class Running:
         n = request.sampling_options.n
         prefilled = await other.engine.prefill(request, Log.empty(n))
         log = Log.empty(n)
+        self.outputs += prefilled.outputs
         for output in prefilled.outputs:
             log.tokens[output.choice].extend(output.token_ids)
             log.finished[output.choice] = output.finish_reason
@@ -178,6 +187,11 @@ def request_of(request_id: str, token_ids: Sequence[int], max_tokens: int = 12, 
 def stopping(request: BackendInput, **stop: Any) -> BackendInput:
     """The same request with other stop conditions."""
     return msgspec.structs.replace(request, stop_conditions=msgspec.structs.replace(request.stop_conditions, **stop))
+
+
+def with_output(request: BackendInput, **output: Any) -> BackendInput:
+    """The same request with other output options."""
+    return msgspec.structs.replace(request, output_options=OutputOptions(**output))
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -10,8 +10,18 @@ import msgspec
 import pytest
 
 from pipeline.errors import KVLost, Unservable
-from pipeline.protocol import BackendInput, FinishReason, KVHandle, Log, OutputOptions, RoutingHints
-from tests.contract.engines import BLOCK, VOCABULARY, Engines, prompt, request_of, require_cuda, stopping, write_model
+from pipeline.protocol import BackendInput, FinishReason, GuidedDecoding, KVHandle, Log, RoutingHints
+from tests.contract.engines import (
+    BLOCK,
+    VOCABULARY,
+    Engines,
+    prompt,
+    request_of,
+    require_cuda,
+    stopping,
+    with_output,
+    write_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -245,9 +255,17 @@ async def test_what_can_never_be_served_is_refused_with_its_reason(engines: Engi
             "leaves no room": request_of("r", prompt(8 * BLOCK)),
             "the prompt is empty": request_of("r", []),
             "n = 65": request_of("r", prompt(10), n=65),
-            "output_options.logprobs": msgspec.structs.replace(plain, output_options=OutputOptions(logprobs=1)),
-            "sampling_options.frequency_penalty": request_of("r", prompt(10), frequency_penalty=0.5),
+            "output_options.prompt_logprobs": with_output(plain, prompt_logprobs=1),
+            "routing.lora_name": msgspec.structs.replace(plain, routing=RoutingHints(lora_name="other")),
         }
+        if engines.kind == "mock":
+            refused |= {
+                "output_options.logprobs": with_output(plain, logprobs=1),
+                "sampling_options.guided_decoding": request_of("r", [1], guided_decoding=GuidedDecoding(regex="a")),
+                "sampling_options.frequency_penalty": request_of("r", prompt(10), frequency_penalty=0.5),
+                "sampling_options.logit_bias": request_of("r", prompt(10), logit_bias={"1": 1.0}),
+                "sampling_options.min_p": request_of("r", prompt(10), min_p=0.5),
+            }
         for reason, request in refused.items():
             with pytest.raises(Unservable, match=reason):
                 await one.engine.decode(request, None, Log.empty(request.sampling_options.n))

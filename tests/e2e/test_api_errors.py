@@ -59,7 +59,7 @@ def chat(**fields: Any) -> dict[str, Any]:
         (CHAT, chat(temperature=-1), 400, "invalid_request", "temperature"),
         (CHAT, chat(n="3"), 400, "invalid_request", "n"),
         (CHAT, chat(seed=-(10**40)), 400, "invalid_request", "seed"),
-        (CHAT, chat(tools=[{"type": "function"}]), 400, "unsupported_parameter", "tools"),
+        (CHAT, chat(audio={"voice": "x"}), 400, "unsupported_parameter", "audio"),
         (CHAT, chat(response_format={"type": "json_object"}), 400, "unsupported_parameter", "response_format"),
         (CHAT, chat(model="nobody"), 404, "model_not_found", "model"),
         (CHAT, chat(model="x" * 100_000), 404, "model_not_found", "model"),
@@ -77,7 +77,7 @@ def chat(**fields: Any) -> dict[str, Any]:
         (TEXT, {"model": POOL, "prompt": [5, 10**12]}, 400, "invalid_request", "prompt[1]"),
         (TEXT, {"model": POOL, "prompt": ["a", "b"]}, 400, "unsupported_parameter", "prompt"),
         (TEXT, {"model": POOL, "prompt": [7] * 40_000}, 400, "context_length_exceeded", "prompt"),
-        (TEXT, {"model": POOL, "prompt": "a", "echo": True}, 400, "unsupported_parameter", "echo"),
+        (TEXT, {"model": POOL, "prompt": "a", "suffix": "b"}, 400, "unsupported_parameter", "suffix"),
     ],
 )
 async def test_a_wrong_body_is_told_what_is_wrong(

@@ -21,6 +21,7 @@ PATH = "/v1/messages"
 ASKED: Any = {"model": POOL, "max_tokens": 8, "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
 LONG: Any = ASKED | {"max_tokens": 3000, "stream": True}
 FOR_CLIENT: Any = {name: ASKED[name] for name in ("model", "messages")}  # it has no argument for a temperature any more
+TOOL = {"name": "f", "input_schema": {"type": "object"}}
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
@@ -121,6 +122,21 @@ async def test_errors_have_anthropics_shape(
     assert (said["type"], said["error"]["type"], said["request_id"]) == ("error", word, "mine")
     assert set(said) == {"type", "error", "request_id"} and set(said["error"]) == {"type", "message"}
     assert response.headers["request-id"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({"tools": [TOOL], "tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}}, "output_config.format"),
+    ],
+)
+async def test_what_needs_a_grammar_is_refused_where_there_are_none(
+    http: httpx.AsyncClient, asked: dict[str, Any], name: str
+) -> None:
+    response = await http.post(PATH, json=ASKED | asked)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(f"{name} is not supported")
 
 
 async def test_other_paths_keep_openais_shape(http: httpx.AsyncClient) -> None:

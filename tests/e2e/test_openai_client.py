@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from pipeline.redis_server import RedisServer
-from pipeline.tokenizer import Tokenizer
+from pipeline.tokenizer import Conversation, Tokenizer
 from tests.serving import Served, serving
 from tests.system import POOL
 
@@ -76,7 +76,7 @@ async def test_a_streamed_chat_is_the_whole_one(client: openai.AsyncOpenAI) -> N
 
 def prompt_ids(messages: Any) -> list[int]:
     tokenizer = Tokenizer.load("baton-tiny")
-    return tokenizer.encode(tokenizer.render(messages, {}), add_special_tokens=False)
+    return tokenizer.encode(tokenizer.render(Conversation(messages=messages)), add_special_tokens=False)
 
 
 async def test_usage_comes_only_when_asked(client: openai.AsyncOpenAI) -> None:
@@ -158,11 +158,10 @@ async def test_errors_are_the_clients_own_kinds(client: openai.AsyncOpenAI) -> N
     with pytest.raises(openai.BadRequestError) as long:
         await client.chat.completions.create(model=POOL, messages=QUESTION, max_tokens=1_000_000)
     assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
-    with pytest.raises(openai.BadRequestError) as tools:
-        await client.chat.completions.create(
-            model=POOL, messages=QUESTION, tools=[{"type": "function", "function": {"name": "f"}}]
-        )
-    assert tools.value.param == "tools"
+    with pytest.raises(openai.BadRequestError) as image:
+        content: Any = [{"type": "image_url", "image_url": {"url": "data:"}}]
+        await client.chat.completions.create(model=POOL, messages=[{"role": "user", "content": content}])
+    assert image.value.param == "messages[0].content[0].type"
 
 
 async def test_models_are_the_pools(client: openai.AsyncOpenAI) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from pipeline.client import PoolClient
 from pipeline.protocol import FinishReason, Request
 from pipeline.queue import ENDED_STATES, Standing
-from pipeline.tokenizer import Tokenizer
+from pipeline.tokenizer import Conversation, Tokenizer
 from tests.system import POOL, System, collect, request
 
 TORCH = f"pools.{POOL}.engine=torch"
@@ -18,7 +18,7 @@ QUESTIONS = ("What is Baton?", "Tell me a story about a fox.", "What is a block 
 
 
 def prompt(tokenizer: Tokenizer, question: str) -> list[int]:
-    text = tokenizer.render([{"role": "user", "content": question}], {})
+    text = tokenizer.render(Conversation(messages=[{"role": "user", "content": question}]))
     return tokenizer.encode(text, add_special_tokens=False)
 
 

@@ -19,7 +19,7 @@ from pipeline.cli.children import Restarts
 from pipeline.cli.doctor import check_shared_memory
 from pipeline.cli.options import api_url, base_url
 from pipeline.cli.up import Counts, free_port, worker_places
-from pipeline.config import ApiSettings, TransferSettings
+from pipeline.config import ApiSettings, PoolSettings, TransferSettings
 from pipeline.errors import ConfigError, RedisUnavailable, RequestFailed
 from pipeline.exits import Exit, NoAnswer, PortTaken, exit_for
 from pipeline.findings import Grade
@@ -104,7 +104,7 @@ def test_errors_are_one_line_with_their_exit_code():
             ["worker", "decod"],
             {},
             2,
-            "baton: decod is neither prefill nor decode; did you mean decode? a queue of your own needs --app MODULE\n",
+            "baton: decod is none of prefill, decode, embed; did you mean decode? a queue of your own needs --app MODULE\n",
         ),
         (
             ["worker", "decode", "--app", "tests.example_stage", "--set", "redis.url=redis://127.0.0.1:9"],
@@ -222,8 +222,17 @@ def test_exit_codes_stay_as_they_are(error, code):
 
 
 def test_workers_are_numbered_and_named_by_their_pool_where_there_are_several():
-    assert [place.label for place in worker_places(["a"], Counts(1, 2))] == ["prefill-0", "decode-0", "decode-1"]
-    assert [place.label for place in worker_places(["a", "b"], Counts(0, 1))] == ["a.decode-0", "b.decode-0"]
+    assert [place.label for place in worker_places({"a": PoolSettings()}, Counts(1, 2))] == [
+        "prefill-0",
+        "decode-0",
+        "decode-1",
+    ]
+    assert [place.label for place in worker_places(dict.fromkeys("ab", PoolSettings()), Counts(0, 1))] == [
+        "a.decode-0",
+        "b.decode-0",
+    ]
+    embedding = {"a": PoolSettings(embeddings=True)}
+    assert [place.label for place in worker_places(embedding, Counts(0, 1, 2))] == ["decode-0", "embed-0", "embed-1"]
 
 
 def test_restarts_wait_longer_each_time_and_forget_after_a_good_run():

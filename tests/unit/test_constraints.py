@@ -73,20 +73,46 @@ def test_what_is_no_constraint_is_named(fields: dict[str, Any], param: str) -> N
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize("engine", ["torch", "mock"])
 @pytest.mark.parametrize(
     "fields",
     [
         {"response_format": {"type": "json_object"}},
         {"structured_outputs": {"regex": "a"}},
         {"guided_json": SCHEMA},
-        {"guided_grammar": "root ::= 'a'"},
+        {"guided_grammar": 'start: "a"'},
     ],
 )
-def test_an_engine_that_cannot_is_named_with_the_field(fields: dict[str, Any], engine: str) -> None:
+def test_an_engine_that_cannot_is_named_with_the_field(fields: dict[str, Any]) -> None:
     asked = body(**fields)
-    with pytest.raises(InvalidRequest, match=engine) as caught:
-        check_served(asked, engine)
+    with pytest.raises(InvalidRequest, match="mock") as caught:
+        check_served(asked, "mock")
     assert (caught.value.param, caught.value.code) == (next(iter(fields)), "unsupported_parameter")
+    for engine in ("torch", "vllm"):
+        check_served(asked, engine)
+    check_served(body(response_format={"type": "text"}), "mock")
+
+
+def test_a_grammar_that_is_none_is_named_where_its_engine_reads_it_so() -> None:
+    asked = body(guided_grammar="root ::= 'a'")
+    with pytest.raises(InvalidRequest, match="no answer can follow it") as caught:
+        check_served(asked, "torch")
+    assert caught.value.param == "guided_grammar"
     check_served(asked, "vllm")
-    check_served(body(response_format={"type": "text"}), engine)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"min_p": 0.1},
+        {"presence_penalty": 1},
+        {"frequency_penalty": -1},
+        {"repetition_penalty": 1.5},
+        {"logit_bias": {"5": 1}},
+    ],
+)
+def test_sampling_that_an_engine_cannot_is_named(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="mock") as caught:
+        check_served(body(**fields), "mock")
+    assert caught.value.param == next(iter(fields))
+    check_served(body(**fields), "torch")
+    check_served(body(min_p=0, presence_penalty=0, repetition_penalty=1.0, logit_bias={}), "mock")

@@ -219,10 +219,27 @@ def test_template_writes_roles_parts_and_the_generation_prompt(tokenizer: PreTra
     )
 
 
+def test_template_writes_tools_calls_and_what_came_of_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "42"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        '<|bos|><|system|>You may call these functions:\n{"type": "function", "function": {"name": "f"}}\n'
+        'To call one, write <tool_call>{"name": ..., "arguments": ...}</tool_call><|end|><|user|>hi<|end|>'
+        '<|assistant|><tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call><|end|>'
+        "<|user|><tool_response>42</tool_response><|end|><|assistant|>"
+    )
+
+
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        ({"role": "tool", "content": "4"}, "knows the roles system, user and assistant, not 'tool'"),
+        ({"role": "critic", "content": "4"}, "knows the roles system, user, assistant and tool, not 'critic'"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "not content of type 'image_url'",

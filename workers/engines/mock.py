@@ -11,18 +11,20 @@ import asyncio
 import os
 import signal
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from pipeline.config import EngineSettings, MockSettings, PoolSettings
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, Unservable
+from pipeline.protocol import BackendInput
 from workers.engine import AsyncEngine
 from workers.engines.paged.engine import PagedEngine
 from workers.engines.paged.randomness import Bits, bits, mix
 from workers.engines.paged.runner import Chosen, Draw, Row, RunnerInfo
+from workers.engines.paged.shaping import Constraint
 from workers.transfer import Memory, Transfer, host
 
 LANE_NBYTES = 8
@@ -68,6 +70,7 @@ class MockRunner:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             prefix_cache=settings.prefix_cache,
+            vocab_size=settings.vocab_size,
         )
 
     async def run(self, rows: Sequence[Row]) -> list[Chosen]:
@@ -79,6 +82,10 @@ class MockRunner:
         chosen = self._choose(sampling) if sampling else []
         await asyncio.sleep(self._duration_ms(rows) / 1000)  # also of 0: others must have their turn
         return chosen
+
+    async def constrain(self, request: BackendInput, logs: Mapping[int, Sequence[int]]) -> Mapping[int, Constraint]:
+        """Never asked: requests with a grammar are refused."""
+        raise Unservable(f"request {request.request_id}: the mock engine has no grammars")
 
     def copy_block(self, source: int, target: int) -> None:
         """See `Runner.copy_block`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from pipeline.errors import ConfigError, EngineDied, Unservable
 from pipeline.kv_events import KVEvent
@@ -12,10 +12,11 @@ from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
 from workers.engine import EngineInfo, EngineStats, Prefilled
 from workers.engines.paged.blocks import BlockPool
 from workers.engines.paged.exchange import ExportedBlocks, FetchedBlocks
-from workers.engines.paged.jobs import Job, cancelled, new_job
-from workers.engines.paged.refusals import refuse_foreign, refuse_unserved, unserved_fields
+from workers.engines.paged.jobs import Job, cancelled, new_job, sampling_choices
+from workers.engines.paged.refusals import refuse_foreign, refuse_foreign_tokens, refuse_unserved
 from workers.engines.paged.runner import Runner, RunnerInfo
 from workers.engines.paged.scheduler import Scheduler
+from workers.engines.paged.shaping import Constraint
 from workers.engines.paged.stepper import LoggedStep, Stepper
 from workers.transfer import Transfer
 
@@ -28,6 +29,7 @@ class PagedEngine:
         self._transfer = transfer
         self._arrivals = itertools.count()
         self._steps_task: asyncio.Task[None] | None = None
+        self._compiling: dict[str, asyncio.Future[Mapping[int, Constraint]]] = {}  # grammars, by request
         self._is_closed = False
         self._info: EngineInfo | None = None
 
@@ -47,6 +49,7 @@ class PagedEngine:
             )
         await self._transfer.start(self._runner.device)
         self._info = describe(runner)
+        self._vocab_size = runner.vocab_size
         self._pool = BlockPool(runner.num_blocks, runner.block_size, prefix_cache=runner.prefix_cache)
         self._scheduler = Scheduler(
             self._pool, max_num_seqs=runner.max_num_seqs, max_num_batched_tokens=runner.max_num_batched_tokens
@@ -59,7 +62,8 @@ class PagedEngine:
         self._check(request, done)
         if all(done.finished):
             return Prefilled(outputs=[], kv=None, cached_tokens=0)
-        job = new_job(request, done, next(self._arrivals), self.info.max_model_len, to_export=True)
+        constraints = await self._constraints(request, done, to_export=True)
+        job = new_job(request, done, next(self._arrivals), self.info.max_model_len, constraints, to_export=True)
         self._stepper.submit(job)
         try:
             cached_tokens = await job.joined
@@ -76,7 +80,8 @@ class PagedEngine:
         self._check(request, done)
         if kv is not None:
             refuse_foreign(request, kv, self.info)
-        job = new_job(request, done, next(self._arrivals), self.info.max_model_len, to_export=False)
+        constraints = await self._constraints(request, done, to_export=False)
+        job = new_job(request, done, next(self._arrivals), self.info.max_model_len, constraints, to_export=False)
         if not job.sequences:
             self._stepper.end(job.complete)
             return 0
@@ -105,6 +110,8 @@ class PagedEngine:
 
     async def cancel(self, request_id: str, choice: int | None = None) -> None:
         """See `AsyncEngine.cancel`. Blocks that the step in flight writes to are free when it ends."""
+        if (compiling := self._compiling.get(request_id)) is not None:
+            compiling.cancel()  # of one choice nobody knows anything yet that could end it
         self._stepper.silence(request_id, choice)
         job = self._stepper.job(request_id)
         if job is None:
@@ -164,9 +171,24 @@ class PagedEngine:
             raise self._stepper.death
         if self._is_closed:
             raise EngineDied(f"request {request.request_id}: the engine is closed")
-        if self._stepper.job(request.request_id) is not None:
+        if self._stepper.job(request.request_id) is not None or request.request_id in self._compiling:
             raise Unservable(f"request {request.request_id} is already in this engine")
-        refuse_unserved(request, done, self.info, unserved_fields(request))
+        refuse_unserved(request, done, self.info)
+        refuse_foreign_tokens(request, self._vocab_size)
+
+    async def _constraints(self, request: BackendInput, done: Log, *, to_export: bool) -> Mapping[int, Constraint]:
+        """The grammars of the choices that get tokens, once they are compiled; others go on meanwhile."""
+        logs = {choice: done.tokens[choice] for choice in sampling_choices(done, to_export=to_export)}
+        if request.sampling_options.guided_decoding is None or not logs:
+            return {}
+        compiling = asyncio.ensure_future(self._runner.constrain(request, logs))
+        self._compiling[request.request_id] = compiling
+        try:
+            constraints = await compiling
+        finally:
+            del self._compiling[request.request_id]
+        self._check(request, done)  # the engine may have ended meanwhile
+        return constraints
 
     def _require(self, job: Job) -> None:
         """Raise where the job was cancelled while its coroutine had yet to go on: its blocks are no longer its own."""

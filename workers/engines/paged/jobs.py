@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.protocol import BackendInput, FinishReason, LLMEngineOutput, Log
-from workers.engines.paged.sequence import Place, Sequence, finish_reason
+from workers.engines.paged.sequence import Place, Sequence
+from workers.engines.paged.shaping import Constraint
 
 
 @dataclass(slots=True, eq=False)
@@ -28,16 +30,29 @@ class Job:
         return next(sequence for sequence in self.sequences if sequence.place is not Place.FOLLOWING)
 
 
-def new_job(request: BackendInput, done: Log, arrival: int, max_model_len: int, *, to_export: bool) -> Job:
+def sampling_choices(done: Log, *, to_export: bool) -> list[int]:
+    """The choices that get tokens: those that have not ended, and for an export those without a token."""
+    choices = [choice for choice, reason in enumerate(done.finished) if reason is None]
+    return [choice for choice in choices if not (to_export and done.tokens[choice])]
+
+
+def new_job(
+    request: BackendInput,
+    done: Log,
+    arrival: int,
+    max_model_len: int,
+    constraints: Mapping[int, Constraint],
+    *,
+    to_export: bool,
+) -> Job:
     """One sequence for each choice that has not ended; the first without a token leads, the others follow.
 
-    `to_export`: the prompt only, and the first token of each choice that lacks it.
+    `to_export`: the prompt only, and the first token of each choice that lacks it. `constraints`: of the choices that sample, where
+    the request has a grammar.
     """
     loop = asyncio.get_running_loop()
-    choices = [choice for choice, reason in enumerate(done.finished) if reason is None]
-    if to_export:
-        lacking = [choice for choice in choices if not done.tokens[choice]]
-        choices = lacking or choices[:1]
+    unfinished = sampling_choices(done, to_export=False)
+    choices = sampling_choices(done, to_export=to_export) or unfinished[:1]
     choices.sort(key=lambda choice: bool(done.tokens[choice]))
     sequences = [
         Sequence(
@@ -47,6 +62,7 @@ def new_job(request: BackendInput, done: Log, arrival: int, max_model_len: int, 
             output=[] if to_export else list(done.tokens[choice]),
             to_export=to_export,
             to_sample=not (to_export and done.tokens[choice]),
+            constraint=constraints.get(choice),
         )
         for choice in choices
     ]
@@ -60,7 +76,7 @@ def new_job(request: BackendInput, done: Log, arrival: int, max_model_len: int, 
 def end_complete(job: Job, max_model_len: int) -> None:
     """Choices whose log is complete, although nobody has said so, end without a step."""
     for sequence in list(job.sequences):
-        reason = finish_reason(job.request, sequence.output, max_model_len)
+        reason = sequence.finish_reason(max_model_len)
         if reason is not None and sequence.output:
             job.sequences.remove(sequence)
             job.complete.append(output_of(sequence, [], reason))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pipeline.errors import KVLost, Unservable
+from pipeline.features import (
+    GUIDED_DECODING,
+    LOGIT_BIAS,
+    LOGPROBS,
+    LORA,
+    MIN_P,
+    PENALTIES,
+    PROMPT_LOGPROBS,
+    is_served,
+)
 from pipeline.protocol import BackendInput, KVHandle, Log
 from workers.engine import EngineInfo
+from workers.engines.paged.shaping import bias_of
 
 
-def refuse_unserved(request: BackendInput, done: Log, info: EngineInfo, unserved: Sequence[tuple[str, bool]]) -> None:
-    """Raise `Unservable` naming the field for what this engine does not serve or could never fit.
-
-    `unserved`: fields that it does not serve, and whether this request asks for them.
-    """
-    for field, is_asked in unserved:
-        if is_asked:
+def refuse_unserved(request: BackendInput, done: Log, info: EngineInfo) -> None:
+    """Raise `Unservable` naming the field for what this engine does not serve or could never fit."""
+    for field, feature in asked_fields(request):
+        if not is_served(info.name, feature):
             raise Unservable(f"request {request.request_id}: the {info.name} engine does not serve {field}")
     n = request.sampling_options.n
     if len(done.tokens) != n or len(done.finished) != n:
@@ -44,17 +50,27 @@ def refuse_foreign(request: BackendInput, kv: KVHandle, info: EngineInfo) -> Non
         )
 
 
-def unserved_fields(request: BackendInput) -> list[tuple[str, bool]]:
-    """Fields that are on the wire but not yet served, and whether this request asks for them."""
+def asked_fields(request: BackendInput) -> list[tuple[str, str]]:
+    """The fields by which this request asks for what only some engines serve, and the feature that each stands for."""
     sampling, output = request.sampling_options, request.output_options
-    return [
-        ("sampling_options.min_p", sampling.min_p != 0),
-        ("sampling_options.presence_penalty", sampling.presence_penalty != 0),
-        ("sampling_options.frequency_penalty", sampling.frequency_penalty != 0),
-        ("sampling_options.repetition_penalty", sampling.repetition_penalty != 1),
-        ("sampling_options.logit_bias", bool(sampling.logit_bias)),
-        ("sampling_options.guided_decoding", sampling.guided_decoding is not None),
-        ("output_options.logprobs", output.logprobs is not None),
-        ("output_options.prompt_logprobs", output.prompt_logprobs is not None),
-        ("routing.lora_name", request.routing is not None and bool(request.routing.lora_name)),
+    asked = [
+        ("sampling_options.min_p", MIN_P, sampling.min_p != 0),
+        ("sampling_options.presence_penalty", PENALTIES, sampling.presence_penalty != 0),
+        ("sampling_options.frequency_penalty", PENALTIES, sampling.frequency_penalty != 0),
+        ("sampling_options.repetition_penalty", PENALTIES, sampling.repetition_penalty != 1),
+        ("sampling_options.logit_bias", LOGIT_BIAS, bool(sampling.logit_bias)),
+        ("sampling_options.guided_decoding", GUIDED_DECODING, sampling.guided_decoding is not None),
+        ("output_options.logprobs", LOGPROBS, output.logprobs is not None),
+        ("output_options.prompt_logprobs", PROMPT_LOGPROBS, output.prompt_logprobs is not None),
+        ("routing.lora_name", LORA, request.routing is not None and bool(request.routing.lora_name)),
     ]
+    return [(field, feature) for field, feature, is_asked in asked if is_asked]
+
+
+def refuse_foreign_tokens(request: BackendInput, vocab_size: int) -> None:
+    """Raise `Unservable` for a bias of tokens that the model does not have."""
+    for token in bias_of(request):
+        if not 0 <= token < vocab_size:
+            raise Unservable(
+                f"request {request.request_id}: logit_bias: token id {token}, the model has {vocab_size} tokens"
+            )

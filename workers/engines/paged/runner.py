@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
-from pipeline.protocol import SamplingOptions
+from pipeline.protocol import BackendInput, SamplingOptions
+from workers.engines.paged.shaping import Constraint, Shaping
 from workers.transfer import Memory
 
 
@@ -20,6 +21,7 @@ class Draw(msgspec.Struct, frozen=True, gc=False):
     index: int  # of the token in its choice's log
     banned: tuple[int, ...]  # ids that may not come now
     eos_token_ids: tuple[int, ...]
+    shaping: Shaping | None = None  # where more than the options decides, or log probabilities are told
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):
@@ -41,7 +43,15 @@ class RowFailure(msgspec.Struct, frozen=True):
     message: str
 
 
-Chosen = int | RowFailure
+class Scored(msgspec.Struct, frozen=True):
+    """A token with its log probability, and the likeliest tokens at its place, best first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+Chosen = int | Scored | RowFailure  # scored where its draw asks for log probabilities
 
 
 class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +67,7 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     prefix_cache: bool
+    vocab_size: int  # logits of a position
 
 
 class Runner(Protocol):
@@ -68,6 +79,13 @@ class Runner(Protocol):
 
     async def run(self, rows: Sequence[Row]) -> list[Chosen]:
         """Compute a step; returns one token for each draw, in order of rows and draws. Leaves the event loop free."""
+        ...
+
+    async def constrain(self, request: BackendInput, logs: Mapping[int, Sequence[int]]) -> Mapping[int, Constraint]:
+        """The grammar of a request that has one, for each choice of `logs`, behind its log. Leaves the event loop and steps free.
+
+        Raises `Unservable` where it is no grammar, where a log leaves it, and where the model has none.
+        """
         ...
 
     def copy_block(self, source: int, target: int) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from pipeline.protocol import BackendInput, FinishReason
 from workers.engines.paged.blocks import chain_hash, new_table, root_hash
 from workers.engines.paged.runner import Draw
+from workers.engines.paged.shaping import Constraint, Shaping, shaping_of
 
 
 class Place(enum.Enum):
@@ -43,6 +45,11 @@ class Sequence:
     leader: Sequence | None = None  # while FOLLOWING
     followers: list[Sequence] = field(default_factory=list)
     fetch_tokens: int = 0  # tokens whose blocks come from a handle, on first admission
+    constraint: Constraint | None = None
+    shaping: Shaping | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shaping = shaping_of(self.request, self.output, self.constraint)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -87,14 +94,18 @@ class Sequence:
             return [self]
         return [self, *(follower for follower in self.followers if not follower.output)]
 
+    def finish_reason(self, max_model_len: int) -> FinishReason | None:
+        """Why the choice has ended, or None."""
+        ends = self.constraint.end_token_ids if self.constraint is not None else ()
+        return finish_reason(self.request, self.output, max_model_len, ends)
+
     def draw(self) -> Draw:
         """How the next token of this choice is to be chosen."""
         stop = self.request.stop_conditions
         early = stop.min_tokens is not None and len(self.output) < stop.min_tokens
         banned = (*self.request.eos_token_ids, *(stop.stop_token_ids or ())) if early else ()
-        return Draw(
-            self.request.sampling_options, self.choice, len(self.output), banned, tuple(self.request.eos_token_ids)
-        )
+        eos = tuple(self.request.eos_token_ids)
+        return Draw(self.request.sampling_options, self.choice, len(self.output), banned, eos, self.shaping)
 
 
 def salt_of(request: BackendInput) -> str:
@@ -104,9 +115,17 @@ def salt_of(request: BackendInput) -> str:
     return f"{request.routing.lora_name or ''}\0{request.routing.cache_salt or ''}"
 
 
-def finish_reason(request: BackendInput, output: list[int], max_model_len: int) -> FinishReason | None:
-    """Why a choice with this output has ended, or None. The token that ends it is part of the output."""
+def finish_reason(
+    request: BackendInput, output: list[int], max_model_len: int, end_token_ids: Collection[int] = ()
+) -> FinishReason | None:
+    """Why a choice with this output has ended, or None. The token that ends it is part of the output.
+
+    Behind a grammar nothing may follow, whatever is asked for: there the request's end tokens end, and `end_token_ids`, the grammar's.
+    """
     stop = request.stop_conditions
+    is_guided = request.sampling_options.guided_decoding is not None
+    if output and is_guided and (output[-1] in request.eos_token_ids or output[-1] in end_token_ids):
+        return FinishReason.EOS
     if output and len(output) >= (stop.min_tokens or 0):
         if not stop.ignore_eos and output[-1] in request.eos_token_ids:
             return FinishReason.EOS

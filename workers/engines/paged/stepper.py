@@ -16,9 +16,9 @@ from pipeline.errors import EngineDied
 from pipeline.protocol import FinishReason, LLMEngineOutput
 from workers.engines.paged.blocks import BlockPool
 from workers.engines.paged.jobs import Job, output_of
-from workers.engines.paged.runner import Chosen, Row, RowFailure, Runner
+from workers.engines.paged.runner import Chosen, Row, RowFailure, Runner, Scored
 from workers.engines.paged.scheduler import ScheduledRow, Scheduler, Step
-from workers.engines.paged.sequence import Place, Sequence, finish_reason
+from workers.engines.paged.sequence import Place, Sequence
 
 MAX_UNREAD_STEPS = 256  # the engine pauses while its reader is this far behind
 STEP_LOG_LENGTH = 1024
@@ -239,9 +239,13 @@ class Stepper:
         if isinstance(value, RowFailure):
             self._runner.clear(self._pool.forget(sequence.table))
             return output_of(sequence, [], FinishReason.ERROR, value.message)
-        sequence.output.append(value)
+        token = value.token if isinstance(value, Scored) else value
+        sequence.output.append(token)
         self.counters.output_tokens += 1
-        return output_of(sequence, [value], finish_reason(sequence.request, sequence.output, self._max_model_len))
+        output = output_of(sequence, [token], sequence.finish_reason(self._max_model_len))
+        if isinstance(value, Scored):
+            return msgspec.structs.replace(output, log_probs=[value.logprob], top_logprobs=[value.top])
+        return output
 
     def _end_prefill(self, job: Job, leader: Sequence, outputs: list[LLMEngineOutput]) -> None:
         """The prompt is computed: the leader leaves the batch, but keeps its blocks until they are exported."""

@@ -20,6 +20,7 @@ from workers.engines.paged.runner import Row
 from workers.engines.torch import tiles
 from workers.engines.torch.cache import KVCache
 from workers.engines.torch.dense import DenseGroup, DenseMemory
+from workers.engines.torch.ragged import RaggedStep
 
 ATTENTION_NAME = "baton_paged"
 STEP_ARGUMENT = "paged_step"
@@ -174,7 +175,7 @@ class PagedStep:
     def _chunk(self, row: Row, last: int) -> Chunk:
         count = len(row.token_ids)
         length = row.start + count
-        is_tiled = tiles.can_tile(self._cache, count, length)
+        is_tiled = tiles.can_tile(self._cache.device, self._cache.geometry.dtype, count, length)
         if row.start == 0:
             return Chunk(last - count, last, None, None, length, is_tiled)
         table = np.frombuffer(row.table, dtype=np.int64)[: -(-length // self._size)]
@@ -210,12 +211,12 @@ def paged_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of `transformers.AttentionInterface`. The mask is not used: a `PagedStep` knows who sees what."""
+    """An attention function of `transformers.AttentionInterface`. The mask is not used: the step knows who sees what."""
     for name in UNIMPLEMENTED:
         if kwargs.get(name) is not None:
             raise Unservable(
                 f"{type(module).__name__} asks for {name} in its attention, which the torch engine does not have"
             )
-    step: PagedStep = kwargs[STEP_ARGUMENT]
+    step: PagedStep | RaggedStep = kwargs[STEP_ARGUMENT]
     layer: Any = module.layer_idx
     return step.attend(layer, query, key, value, scaling), None

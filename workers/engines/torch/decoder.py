@@ -1,4 +1,5 @@
-"""Two ways to run a decoder over a `PagedStep`: as Hugging Face wrote it, or, for the common family, with fewer operations.
+"""Two ways to run a decoder over a `PagedStep` (or a `RaggedStep`): as Hugging Face wrote it, or, for the common family, with fewer
+operations.
 
 On a CPU a small model spends as much time between matrix products as in them, and products of few rows are bound by how the
 weights lie in memory. `FusedDecoder` takes over the weights of models of the Llama family (one norm, joined projections, rotary
@@ -16,6 +17,7 @@ from torch.nn.functional import embedding, silu
 
 from workers.engines.torch import onednn
 from workers.engines.torch.attention import STEP_ARGUMENT, PagedStep
+from workers.engines.torch.ragged import RaggedStep
 
 PACKED_ROWS = 3  # from here on the packed weights are faster
 PACKED_NBYTES = 256 * 2**20  # of a model whose weights are kept twice
@@ -24,6 +26,10 @@ LLAMA_FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Q
 
 class Decoder(Protocol):
     """Runs a step."""
+
+    def hidden(self, step: RaggedStep) -> torch.Tensor:
+        """[total, hidden size], behind the last norm; what the model would make logits of."""
+        ...
 
     def logits(self, step: PagedStep) -> torch.Tensor:
         """[rows that sample, vocabulary], of the last position of each; the step's keys and values are written."""
@@ -41,6 +47,15 @@ class WholeModel:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+
+    def hidden(self, step: RaggedStep) -> torch.Tensor:
+        """See `Decoder.hidden`."""
+        arguments = {STEP_ARGUMENT: step}
+        output = self._model.base_model(
+            input_ids=step.input_ids, position_ids=step.position_ids, use_cache=False, **arguments
+        )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
 
     def logits(self, step: PagedStep) -> torch.Tensor:
         """See `Decoder.logits`."""
@@ -127,15 +142,23 @@ class FusedDecoder:
         self._norm = Norm.of(inner.norm)
         self._head = Product(model.lm_head, packed=True) if packed else model.lm_head
 
+    def hidden(self, step: RaggedStep) -> torch.Tensor:
+        """See `Decoder.hidden`."""
+        return self._through_layers(step, None)
+
     def logits(self, step: PagedStep) -> torch.Tensor:
         """See `Decoder.logits`."""
+        logits: torch.Tensor = self._head(self._through_layers(step, step.sampling))
+        return logits
+
+    def _through_layers(self, step: PagedStep | RaggedStep, wanted: torch.Tensor | None) -> torch.Tensor:
+        """[total, hidden], or of the rows `wanted` alone, behind the last norm."""
         hidden = embedding(step.input_ids[0], self._embedding)
         cos, sin = self._cos[step.position_ids[0]], self._sin[step.position_ids[0]]
         for index, layer in enumerate(self._layers):
-            kept = step.sampling if index == len(self._layers) - 1 else None
+            kept = wanted if index == len(self._layers) - 1 else None
             hidden = layer.forward(hidden, cos, sin, index, step, self._scaling, self._head_dim, kept)
-        logits: torch.Tensor = self._head(self._norm(hidden))
-        return logits
+        return self._norm(hidden)
 
 
 class FusedLayer:
@@ -159,7 +182,7 @@ class FusedLayer:
         cos: torch.Tensor,
         sin: torch.Tensor,
         index: int,
-        step: PagedStep,
+        step: PagedStep | RaggedStep,
         scaling: float,
         head_dim: int,
         kept: torch.Tensor | None,

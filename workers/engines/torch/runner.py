@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 
 from pipeline.config import PoolSettings, TorchSettings
 from pipeline.errors import Unservable
-from pipeline.protocol import SamplingOptions
+from pipeline.protocol import BackendInput, SamplingOptions
 from workers.engines.paged.blocks import new_table
 from workers.engines.paged.runner import Chosen, Draw, Row, RunnerInfo
 from workers.engines.torch.attention import ATTENTION_NAME, PagedStep
 from workers.engines.torch.cache import KVCache
 from workers.engines.torch.decoder import decoder_of
 from workers.engines.torch.dense import DenseMemory, can_copy
+from workers.engines.torch.grammars import GrammarConstraint, Grammars, grammars_of
 from workers.engines.torch.heap import keep_freed_memory
 from workers.engines.torch.model import fingerprint, geometry_of, load_model, model_length
 from workers.engines.torch.sampling import choose
@@ -34,6 +35,8 @@ class TorchRunner:
         self._settings = settings
         self._pool = pool
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="torch")
+        self._compilers = ThreadPoolExecutor(2, thread_name_prefix="grammars")
+        self._grammars: Grammars | Unservable
         self._model: Any = None
 
     async def start(self) -> RunnerInfo:
@@ -43,6 +46,17 @@ class TorchRunner:
     async def run(self, rows: Sequence[Row]) -> list[Chosen]:
         """See `Runner.run`."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._compute, rows)
+
+    async def constrain(
+        self, request: BackendInput, logs: Mapping[int, Sequence[int]]
+    ) -> Mapping[int, GrammarConstraint]:
+        """See `Runner.constrain`."""
+        if isinstance(self._grammars, Unservable):
+            raise Unservable(
+                f"request {request.request_id}: model {self._pool.model} follows no grammars: {self._grammars}"
+            )
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._compilers, self._grammars.constrain, request, logs)
 
     def copy_block(self, source: int, target: int) -> None:
         """See `Runner.copy_block`."""
@@ -68,6 +82,7 @@ class TorchRunner:
     async def close(self) -> None:
         """See `Runner.close`."""
         self._executor.shutdown(wait=True)
+        self._compilers.shutdown(wait=True)
         self._model = None
 
     def _load(self) -> RunnerInfo:
@@ -84,6 +99,10 @@ class TorchRunner:
         with torch.inference_mode():
             self._decoder = decoder_of(self._model, length)
         self._compare(eager)
+        try:
+            self._grammars = grammars_of(self._pool, eager.shape[-1])
+        except Unservable as reason:  # all else is served
+            self._grammars = reason
         if self._model.device.type == "cpu":
             keep_freed_memory()
         return RunnerInfo(
@@ -97,6 +116,7 @@ class TorchRunner:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             prefix_cache=settings.prefix_cache,
+            vocab_size=eager.shape[-1],
         )
 
     @torch.inference_mode()

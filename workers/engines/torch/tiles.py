@@ -9,15 +9,14 @@ from __future__ import annotations
 import torch
 
 from workers.engines.torch import onednn
-from workers.engines.torch.cache import KVCache
 
 TILE = 128  # queries of a head in a tile; with fewer in all, PyTorch's attention is as fast
 MAX_LENGTH = 2**14  # the scores of a tile exist as a whole: 8 MiB for each head with the same keys
 
 
-def can_tile(cache: KVCache, tokens: int, length: int) -> bool:
+def can_tile(device: torch.device, dtype: torch.dtype, tokens: int, length: int) -> bool:
     """Whether tiles serve for so many queries, the last of `length` positions."""
-    return tokens >= TILE and length <= MAX_LENGTH and onednn.is_usable(cache.device, cache.geometry.dtype)
+    return tokens >= TILE and length <= MAX_LENGTH and onednn.is_usable(device, dtype)
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:

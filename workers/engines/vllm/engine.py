@@ -31,7 +31,7 @@ from workers.engines.vllm.grammars import lead_through
 from workers.engines.vllm.handover import HandOver
 from workers.engines.vllm.jobs import Choice, Job
 from workers.engines.vllm.nixl_exchange import NixlExchange
-from workers.engines.vllm.requests import params_of, priority_of, prompt_of, unserved_fields
+from workers.engines.vllm.requests import params_of, priority_of, prompt_of
 from workers.transfer import Transfer
 
 
@@ -301,7 +301,7 @@ class VllmEngine:
             raise EngineDied(f"request {request.request_id}: the engine is closed")
         if request.request_id in self._jobs:
             raise Unservable(f"request {request.request_id} is already in this engine")
-        refuse_unserved(request, done, self.info, unserved_fields(request))
+        refuse_unserved(request, done, self.info)
         adapter_of(request, self._adapters)
         stops = request.stop_conditions.stop_token_ids or ()
         for token in (min(request.token_ids), max(request.token_ids), *stops):

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from pipeline.errors import Unservable
 from pipeline.protocol import BackendInput
+from workers.engines.paged.shaping import bias_of
 from workers.engines.vllm.grammars import constraint_of
 from workers.engines.vllm.keyed import KEY, Keyed, is_keyed, needs_processor
 
@@ -30,9 +30,8 @@ def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens
 
     sampling, stop = request.sampling_options, request.stop_conditions
     ours = needs_processor(sampling)
-    eos = (
-        () if stop.ignore_eos else (token for token in request.eos_token_ids if token < vocab_size)
-    )  # it dies of others
+    goes_on = stop.ignore_eos and sampling.guided_decoding is None  # behind a grammar nothing may follow
+    eos = () if goes_on else (token for token in request.eos_token_ids if token < vocab_size)  # it dies of others
     keyed = Keyed(options=sampling, choice=choice, done=done)
     return SamplingParams(
         temperature=0.0 if is_keyed(sampling) else sampling.temperature,
@@ -40,7 +39,7 @@ def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         repetition_penalty=1.0 if ours else sampling.repetition_penalty,  # vLLM's comes when ours has chosen
-        logit_bias=bias_of(request),
+        logit_bias=bias_of(request) or None,
         max_tokens=max_tokens,
         min_tokens=max(0, (stop.min_tokens or 0) - len(done)),
         ignore_eos=True,  # Baton says which tokens end: the request has them
@@ -50,20 +49,3 @@ def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens
         logprobs=request.output_options.logprobs,
         extra_args={KEY: msgspec.to_builtins(keyed)} if ours else None,
     )
-
-
-def bias_of(request: BackendInput) -> dict[int, float] | None:
-    """OpenAI's `logit_bias` has token ids as strings. Raises `Unservable` for a key that is none."""
-    bias = request.sampling_options.logit_bias
-    try:
-        return {int(token): value for token, value in bias.items()} if bias else None
-    except ValueError as error:
-        raise Unservable(f"request {request.request_id}: logit_bias: {error}") from None
-
-
-def unserved_fields(request: BackendInput) -> list[tuple[str, bool]]:
-    """Fields that are on the wire but not yet served, and whether this request asks for them."""
-    output = request.output_options
-    return [
-        ("output_options.prompt_logprobs", output.prompt_logprobs is not None),
-    ]

@@ -7,7 +7,6 @@ Penalties that look at the output are applied here, too: of a resumed request vL
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +14,20 @@ import msgspec
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from pipeline.protocol import SamplingOptions
 from workers.engines.paged.runner import Draw
+from workers.engines.paged.shaping import TokenCounts, counts_of
+from workers.engines.torch.penalties import penalize
 from workers.engines.torch.sampling import sample
 from workers.engines.vllm.keyed import KEY, Keyed, is_keyed
 
 
 @dataclass(slots=True)
 class Row:
-    """A request in vLLM's batch. `prompt`: as vLLM has it, with what was logged before; `output` is vLLM's own list and grows."""
+    """A request in vLLM's batch. `output` is vLLM's own list, without what was logged before, and grows."""
 
     keyed: Keyed
-    prompt: list[int]
     output: list[int]
+    counts: TokenCounts | None
 
     def draw(self) -> Draw:
         """What decides the next token."""
@@ -57,7 +57,7 @@ class KeyedSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no types
         for index, params, prompt, output in batch_update.added:
             self._rows.pop(index, None)
             if (told := (params.extra_args or {}).get(KEY)) is not None:
-                self._rows[index] = Row(msgspec.convert(told, Keyed), prompt or [], output)
+                self._rows[index] = row_of(msgspec.convert(told, Keyed), prompt or [], output)
         for source, target, direction in batch_update.moved:
             moved, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
             if moved is not None:
@@ -67,40 +67,22 @@ class KeyedSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM has no types
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """`logits` [requests, vocabulary] with the penalties of each, and one token left where a seed decides."""
+        penalized = []
         for index, row in self._rows.items():
-            penalize(logits[index], row)
+            if row.counts is not None:
+                row.counts.follow(row.output)
+                penalized.append((index, row.keyed.options, row.counts))
+        if penalized:
+            penalize(logits, penalized)
         seeded = [(index, row) for index, row in self._rows.items() if is_keyed(row.keyed.options)]
         if seeded:
             indices = [index for index, _ in seeded]
-            rows = logits[indices].float()
-            for at, (_, row) in enumerate(seeded):
-                drop_unlikely(rows[at], row.keyed.options)
-            tokens = sample(rows, [row.draw() for _, row in seeded])
+            tokens = sample(logits[indices].float(), [row.draw() for _, row in seeded])
             logits[indices] = -torch.inf
             logits[indices, tokens] = 0.0
         return logits
 
 
-def penalize(logits: torch.Tensor, row: Row) -> None:
-    """The penalties in vLLM's order: repetition over prompt and output, then OpenAI's presence and frequency over all of the output.
-    `logits` [vocabulary] is changed."""
-    options = row.keyed.options
-    if options.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*row.prompt, *(token for token in row.output if token >= 0)}), device=logits.device)
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / options.repetition_penalty, values * options.repetition_penalty)
-    if options.presence_penalty == 0 and options.frequency_penalty == 0:
-        return
-    counts = Counter(token for token in (*row.keyed.done, *row.output) if 0 <= token < logits.shape[-1])
-    if counts:
-        tokens = torch.tensor(list(counts.keys()), device=logits.device)
-        times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
-        logits[tokens] -= options.frequency_penalty * times + options.presence_penalty
-
-
-def drop_unlikely(logits: torch.Tensor, options: SamplingOptions) -> None:
-    """min-p: what is less likely than so much of the most likely token cannot be drawn. `logits` [vocabulary] is changed."""
-    if options.min_p > 0:
-        scaled = logits / options.temperature
-        limit = scaled.max() + torch.log(torch.tensor(options.min_p))
-        logits[scaled < limit] = -torch.inf
+def row_of(keyed: Keyed, prompt: list[int], output: list[int]) -> Row:
+    """A request that joins the batch. What was logged before is a part of the output for the penalties."""
+    return Row(keyed, output, counts_of(keyed.options, prompt, keyed.done))
