@@ -9,13 +9,12 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from api.anthropic_bodies import count_body, has_schema, message_body
+from api.anthropic_bodies import SCHEMA_FIELD, count_body, message_body
 from api.anthropic_chats import chat_of
 from api.anthropic_errors import MESSAGES_PATH
 from api.asks import check_served, conversation, form, wanted
 from api.generation import INLINE_BYTES, admitted_body, answer, served_pool, told_tier
 from api.service import Service
-from pipeline.features import GUIDED_DECODING, refuse_unserved
 from pipeline.protocol import BackendInput
 
 KIND = "message"
@@ -30,12 +29,10 @@ def anthropic_routes(service: Service) -> APIRouter:
         raw = await admitted_body(service, http)
         body = message_body(raw)
         pool = served_pool(service, http, body.model)
-        if has_schema(body):
-            refuse_unserved(pool.engine, GUIDED_DECODING, "output_config.format")
         chat = chat_of(body)
 
         def prepare(request_id: str) -> BackendInput:
-            check_served(chat, pool.engine)
+            check_served(chat, pool.engine, SCHEMA_FIELD)
             return pool.preprocessor.chat(request_id, conversation(chat), wanted(chat), form(chat, told_tier(chat)))
 
         return await answer(service, pool, http, chat, KIND, prepare, len(raw))

@@ -13,6 +13,7 @@ from api.bodies import Count, StopString, decoded, unsupported
 from pipeline.errors import InvalidRequest
 
 CUSTOM = "custom"
+SCHEMA_FIELD = "output_config.format"
 
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 
@@ -199,20 +200,16 @@ def message_body(raw: bytes) -> MessageBody:
     return body
 
 
-def has_schema(body: CountBody) -> bool:
-    """Whether the answer is to follow a schema."""
-    return body.output_config is not None and body.output_config.format is not None
-
-
 def _check(body: CountBody) -> None:
     for name in ("container", "mcp_servers"):
         if getattr(body, name):
             raise unsupported(name)
     for position, tool in enumerate(body.tools or []):
         _check_tool(tool, f"tools[{position}]")
-    if has_schema(body) and isinstance(body.tool_choice, ChooseAny | ChooseTool):
+    has_schema = body.output_config is not None and body.output_config.format is not None
+    if has_schema and isinstance(body.tool_choice, ChooseAny | ChooseTool):
         raise InvalidRequest(
-            "one constraint a request: tool_choice and output_config.format ask for two", param="output_config.format"
+            f"one constraint a request: tool_choice and {SCHEMA_FIELD} ask for two", param=SCHEMA_FIELD
         )
     for position, message in enumerate(body.messages):
         _check_message(message, f"messages[{position}]")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from api.anthropic_bodies import count_body, message_body
+from api.anthropic_bodies import SCHEMA_FIELD, count_body, message_body
 from api.anthropic_chats import chat_of
-from api.asks import conversation, form, wanted
+from api.asks import check_served, conversation, form, wanted
 from api.bodies import chat_body, digest
 from pipeline.errors import InvalidRequest
 
@@ -172,6 +172,13 @@ def test_effort_and_schema_of_the_output() -> None:
     assert conversation(chat).variables == {"reasoning_effort": "high"}
     guided = wanted(chat).sampling.guided_decoding
     assert guided is not None and guided.json == '{"type":"object"}'
+
+
+@pytest.mark.parametrize("engine", ["mock", "torch"])
+def test_a_schema_that_nobody_can_follow_is_named_as_the_client_calls_it(engine: str) -> None:
+    wrong = {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}
+    with pytest.raises(InvalidRequest, match=r"^output_config\.format"):
+        check_served(chat_of(message_body(body(output_config=wrong))), engine, SCHEMA_FIELD)
 
 
 def test_an_answer_that_was_begun_goes_on() -> None:
