@@ -155,7 +155,10 @@ class StreamedAnswer(Answer):
                 failure = self._failure(feed.stream, transcript.choices)
                 raise failure or RequestFailed("the request ended without a token")
             response = EventStream(
-                self._write(feed, transcript, first), ping_s=settings.ping_s, send_timeout_s=settings.send_timeout_s
+                self._write(feed, transcript, first),
+                ping=transcript.ping,
+                ping_s=settings.ping_s,
+                send_timeout_s=settings.send_timeout_s,
             )
             await response(scope, receive, send)
         finally:

@@ -9,6 +9,7 @@ from sse_starlette.sse import AppStatus
 from starlette.middleware.cors import CORSMiddleware
 
 import pipeline
+from api.anthropic import anthropic_routes
 from api.drain import Drain
 from api.edge import Edge, install_error_handlers
 from api.embeddings import embedding_routes
@@ -26,7 +27,7 @@ from pipeline.config import ApiSettings
 from pipeline.redis_health import RedisWatch
 
 EXPOSED_HEADERS = (
-    "X-Request-Id", "X-Baton-Request-Id", "Retry-After", "retry-after-ms", "x-should-retry", *HEADER_NAMES
+    "X-Request-Id", "request-id", "X-Baton-Request-Id", "Retry-After", "retry-after-ms", "x-should-retry", *HEADER_NAMES
 )  # fmt: skip
 PREFLIGHT_S = 600  # how long a browser remembers the answer to a preflight
 
@@ -47,7 +48,7 @@ def create_app(
     service = Service(settings, pools, drain or Drain(settings.shutdown_grace_s), Metrics(), redis, rates)
     app = FastAPI(title="Baton", version=pipeline.__version__, openapi_url=None, redirect_slashes=False)
     install_error_handlers(app, service.metrics)
-    for routes in (generation_routes, embedding_routes, tokenizing_routes, model_routes):
+    for routes in (generation_routes, anthropic_routes, embedding_routes, tokenizing_routes, model_routes):
         app.include_router(routes(service), dependencies=[Depends(needs(INFERENCE))])
     app.include_router(request_routes(service), dependencies=[Depends(needs(INFERENCE, ADMIN))])
     app.include_router(probe_routes(service))

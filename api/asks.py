@@ -40,9 +40,9 @@ _FEATURES: tuple[tuple[str, float, str], ...] = (
 )
 
 
-def check_served(body: Body, engine: str) -> None:
+def check_served(body: Body, engine: str, schema_field: str = "response_format") -> None:
     """Raise InvalidRequest naming what the body asks for and the engine of its model does not serve, or a grammar that is none (which
-    takes up to a tenth of a second to see)."""
+    takes up to a tenth of a second to see). `schema_field`: what the client calls `response_format`."""
     for field, default, feature in _FEATURES:
         if getattr(body, field) not in (None, default):
             refuse_unserved(engine, feature, field)
@@ -53,7 +53,8 @@ def check_served(body: Body, engine: str) -> None:
     if _best_of(body):
         refuse_unserved(engine, LOGPROBS, "best_of")
     if (constraint := _constraint(body)) is not None:
-        refuse_unusable(engine, constraint[1], constraint[0])
+        name, guided = constraint
+        refuse_unusable(engine, guided, schema_field if name == "response_format" else name)
 
 
 def has_constraint(body: Body) -> bool:

@@ -35,7 +35,7 @@ class Collected:
                 said.add(part)
             said.token_ids += piece.token_ids
         for choice, said in enumerate(self._said):
-            said.finish = self.choices.finish_word(choice)
+            said.finish, said.stop_string = self.choices.finish_word(choice), self.choices.stop_string(choice)
 
     def all(self) -> list[Said]:
         """Everything, with the log probabilities of what has come since the last call."""

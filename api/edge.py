@@ -1,4 +1,5 @@
-"""The outermost layer: every response carries an `X-Request-Id`, every error has OpenAI's shape, no traceback leaves the process.
+"""The outermost layer: every response carries an `X-Request-Id`, every error has the shape that the route's clients know, no traceback
+leaves the process.
 
 A client's `X-Request-Id` is echoed and logged; it is a label, never a key to anything. The id of the request behind an answer, which is
 one, is told in `X-Baton-Request-Id`, whatever the answer is.
@@ -16,13 +17,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import error_response, row_of
+from api.anthropic_errors import ANTHROPIC, MESSAGES_PATH
+from api.errors import OPENAI, Dialect, error_response
 from api.metrics import Metrics
 from pipeline.errors import BatonError, InvalidRequest
 
 LONGEST_REQUEST_ID = 128
 REQUEST_ID = "baton.request_id"  # where the scope holds the id of the request behind the answer
 MORE_HEADERS = "baton.headers"  # where it holds headers that the answer gets, whatever it is
+X_REQUEST_ID = "baton.x_request_id"  # where it holds the label
 
 log = structlog.get_logger("baton.api")
 
@@ -39,13 +42,15 @@ class Edge:
             await self._app(scope, receive, send)
             return
         request_id = client_request_id(Headers(scope=scope).get("x-request-id"))
+        scope[X_REQUEST_ID], dialect = request_id, dialect_of(scope["path"])
         has_started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                labels = [(name, request_id.encode()) for name in dialect.id_headers]
+                message["headers"] = [*message["headers"], *labels]
                 if REQUEST_ID in scope:
                     message["headers"].append((b"x-baton-request-id", scope[REQUEST_ID].encode()))
                 for name, value in scope.get(MORE_HEADERS, {}).items():
@@ -60,7 +65,12 @@ class Edge:
                     raise
                 log.exception("request failed inside the server", path=scope["path"])
                 problem = BatonError("internal error; the server's log has the reason under this X-Request-Id")
-                await error_response(problem)(scope, receive, send_with_id)
+                await error_response(problem, dialect, request_id)(scope, receive, send_with_id)
+
+
+def dialect_of(path: str) -> Dialect:
+    """How errors look at this path, whether or not there is anything."""
+    return ANTHROPIC if f"{path}/".startswith(f"{MESSAGES_PATH}/") else OPENAI
 
 
 def client_request_id(given: str | None) -> str:
@@ -96,15 +106,16 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 def refusal(request: Request, error: BatonError, metrics: Metrics) -> Response:
     """An error as the answer to a request, counted and logged."""
     metrics.refused(error.code)
+    response = error_response(error, dialect_of(request.url.path), request.scope.get(X_REQUEST_ID, ""))
     log.info(
         "request refused",
         path=request.url.path,
-        status=row_of(error).status,
+        status=response.status_code,
         code=error.code,
         param=getattr(error, "param", None),
         error=str(error)[:200],
     )
-    return error_response(error)
+    return response
 
 
 def _routing_error(request: Request, error: HTTPException) -> BatonError:

@@ -1,8 +1,10 @@
-"""The one table from error code to HTTP status, and the one shape of an error: OpenAI's, with all four fields, everywhere."""
+"""The one table from error code to HTTP status, and the shape of an error: OpenAI's, with all four fields, but where a route's clients
+know another one."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -64,6 +66,14 @@ class ErrorBody(msgspec.Struct, frozen=True):
     code: str | None
 
 
+class Dialect(NamedTuple):
+    """How the errors of some routes look. `body` is given the `X-Request-Id`, which the answers have in all of `id_headers`."""
+
+    status: Callable[[BatonError], int]
+    body: Callable[[BatonError, str], bytes]
+    id_headers: tuple[bytes, ...] = (b"x-request-id",)
+
+
 def row_of(error: BatonError) -> Row:
     """Status and type of an error."""
     return TABLE.get(error.code, INTERNAL)
@@ -71,26 +81,31 @@ def row_of(error: BatonError) -> Row:
 
 def error_json(error: BatonError) -> bytes:
     """The body of an error, also the data of an error event in a stream."""
-    message = str(error)
-    if len(message) > LONGEST_MESSAGE:
-        message = message[:LONGEST_MESSAGE] + "…"
     param = error.param if isinstance(error, InvalidRequest) else None
-    return msgspec.json.encode({"error": ErrorBody(message, row_of(error).type, param, error.code)})
+    return msgspec.json.encode({"error": ErrorBody(bounded(str(error)), row_of(error).type, param, error.code)})
 
 
-def error_response(error: BatonError) -> Response:
+def bounded(message: str) -> str:
+    """A message of a length that is told."""
+    return message if len(message) <= LONGEST_MESSAGE else message[:LONGEST_MESSAGE] + "…"
+
+
+OPENAI = Dialect(lambda error: row_of(error).status, lambda error, _: error_json(error))
+
+
+def error_response(error: BatonError, dialect: Dialect = OPENAI, x_request_id: str = "") -> Response:
     """An error as the answer to a request whose headers have not been sent.
 
     Clients are told whether to send it again, else the official ones do so by the status: twice, at 409 and from 500 on whatever it was.
     """
-    status = row_of(error).status
+    status = dialect.status(error)
     headers = {"x-should-retry": "true" if error.retryable else "false"}
     if isinstance(error, Refused) and error.retryable:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Response(error_json(error), status, headers, "application/json")
+    return Response(dialect.body(error, x_request_id), status, headers, "application/json")
 
 
 def error_of_end(ended: Ended) -> BatonError:

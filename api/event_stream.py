@@ -9,22 +9,20 @@ from collections.abc import AsyncIterator
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
 from starlette.types import Message, Send
 
-from api.sse import PING
-
 
 class EventStream(EventSourceResponse):
-    """Writes `content`, ready bytes, and a ping each `ping_s`. Raises SendTimeoutError when the client takes nothing for
+    """Writes `content`, ready bytes, and `ping` each `ping_s`. Raises SendTimeoutError when the client takes nothing for
     `send_timeout_s` (to a quarter more).
 
     The library makes a cancel scope for each send, which costs a fifth of a streamed token; here one watcher a stream looks at a time.
     """
 
-    def __init__(self, content: AsyncIterator[bytes], *, ping_s: float, send_timeout_s: float) -> None:
+    def __init__(self, content: AsyncIterator[bytes], *, ping: bytes, ping_s: float, send_timeout_s: float) -> None:
         super().__init__(
             content,
             sep="\n",
             ping=ping_s,
-            ping_message_factory=lambda: PING,  # type: ignore[arg-type,return-value]  # bytes are passed on as they are
+            ping_message_factory=lambda: ping,  # type: ignore[arg-type,return-value]  # bytes are passed on as they are
             data_sender_callable=self._watch_sends,
         )
         self._send_timeout_s = send_timeout_s

@@ -104,6 +104,10 @@ class Choices:
         reason = self.reasons[choice]
         return None if reason is None else finish_word(reason, has_calls=self._has_calls[choice])
 
+    def stop_string(self, choice: int) -> str | None:
+        """The stop string that ended a choice; None where none did."""
+        return self._backends[choice].stop_string
+
     def skip(self, choice: int, token_ids: Sequence[int], *, is_all: bool = False) -> None:
         """The first tokens of a choice, or all of them: somebody else has given out what they say."""
         text = self._backends[choice].push(token_ids)

@@ -28,7 +28,7 @@ from api.guard import caller, check_model
 from api.headers import Treatment, treatment
 from api.rate_limits import most_tokens
 from api.service import ServedPool, Service
-from api.transcript import NumberedTranscript, Transcript
+from api.transcript import transcript_of
 from pipeline.errors import InvalidRequest
 from pipeline.ids import new_request_id
 from pipeline.protocol import BackendInput, Request, RoutingHints
@@ -54,7 +54,7 @@ def generation_routes(service: Service) -> APIRouter:
             wants, shown = wanted(body), form(body, tier)
             return [pool.preprocessor.chat(new_request_id(pool.name), conversation(body), wants, shown)]
 
-        return await _answer(service, pool, http, body, "chat.completion", prepare, len(raw))
+        return await answer(service, pool, http, body, "chat.completion", prepare, len(raw))
 
     @router.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
@@ -70,12 +70,12 @@ def generation_routes(service: Service) -> APIRouter:
                 for param, prompt in prompts_of(body)
             ]
 
-        return await _answer(service, pool, http, body, "text_completion", prepare, len(raw))
+        return await answer(service, pool, http, body, "text_completion", prepare, len(raw))
 
     return router
 
 
-async def _answer(
+async def answer(
     service: Service,
     pool: ServedPool,
     http: HttpRequest,
@@ -84,7 +84,7 @@ async def _answer(
     prepare: Callable[[str], list[BackendInput]],
     body_bytes: int,
 ) -> Response:
-    """`prepare`: the input of each prompt, given the service tier that is told."""
+    """A checked body, to be served as its kind is. `prepare`: the input of each prompt, given the service tier that is told."""
     says_lane = body.priority is not None or body.service_tier not in (None, "auto")
     lane = caller(http).lane(lane_of(body.priority, body.service_tier) if says_lane else None)
     tier = "" if body.service_tier is None else TIER_OF_LANE[lane]  # told only where one was asked for
@@ -100,9 +100,10 @@ async def _answer(
         return BatchedAnswer(service, pool, openings)
     if not body.stream:
         return WholeAnswer(service, pool, openings[0])
-    tokenizer, shape = pool.preprocessor.tokenizer, service.openai
-    transcript = NumberedTranscript.from_start if treat.resumable else Transcript
-    return StreamedAnswer(service, pool, openings[0], lambda asked: transcript(tokenizer, asked, shape))
+    tokenizer, shape = pool.preprocessor.tokenizer, service.shapes[kind]
+    return StreamedAnswer(
+        service, pool, openings[0], lambda asked: transcript_of(tokenizer, asked, shape, has_ids=treat.resumable)
+    )
 
 
 def _openings(

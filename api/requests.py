@@ -16,8 +16,9 @@ from api.answers import StreamedAnswer
 from api.collected import Collected
 from api.event_ids import LAST_EVENT_ID, Place, read_event_id
 from api.service import Service
+from api.shape import Shape
 from api.shapes.openai import OpenAIShape, usage_fields
-from api.transcript import NumberedTranscript
+from api.transcript import NumberedTranscript, transcript_of
 from pipeline.errors import InvalidRequest, RequestNotFound
 from pipeline.logprobs import record_bytes, records_between
 from pipeline.protocol import Timeline
@@ -41,6 +42,9 @@ def request_routes(service: Service) -> APIRouter:
         if http.method == "HEAD":
             return Response(media_type="text/event-stream")
         given = http.headers.get(LAST_EVENT_ID, last_event_id)
+        shape = service.shapes.get(found.request.kind, service.openai)
+        if not isinstance(shape, OpenAIShape):
+            return _replay(service, found, shape, given)
         if given is None:
             return _stream(service, found, Place.at_start(found.request), waits=True)
         place = read_event_id(given, found.request, found.standing.log)
@@ -73,6 +77,18 @@ def _stream(service: Service, found: Found, place: Place, *, waits: bool) -> Str
     transcript = NumberedTranscript(tokenizer, found.request, service.openai, place, log)
     opening = functools.partial(found.pool.client.attach, found.request.id, found=found.standing, start=place.tokens)
     return StreamedAnswer(service, found.pool, opening, lambda _: transcript, waits=waits)
+
+
+def _replay(service: Service, found: Found, shape: Shape, given: str | None) -> StreamedAnswer:
+    """Events that have no ids, from the start."""
+    request, tokenizer = found.request, found.pool.preprocessor.tokenizer
+    if given is not None:
+        raise InvalidRequest(
+            f"the events of a {request.kind} have no ids: read them from the start, without {LAST_EVENT_ID}",
+            param=LAST_EVENT_ID,
+        )
+    opening = functools.partial(found.pool.client.attach, request.id, found=found.standing)
+    return StreamedAnswer(service, found.pool, opening, lambda _: transcript_of(tokenizer, request, shape))
 
 
 def _record(found: Found, shape: OpenAIShape) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from api.drain import Drain
 from api.metrics import Metrics
 from api.rate_limits import RateLimits
 from api.shape import Shape
+from api.shapes.anthropic import AnthropicShape
 from api.shapes.openai import OpenAIShape
 from pipeline.client import PoolClient
 from pipeline.config import ApiSettings
@@ -51,7 +52,7 @@ class Service:
     @functools.cached_property
     def shapes(self) -> dict[str, Shape]:
         """How each kind of request is answered."""
-        return {"chat.completion": self.openai, "text_completion": self.openai}
+        return {"chat.completion": self.openai, "text_completion": self.openai, "message": AnthropicShape()}
 
     def redis_problems(self) -> list[str]:
         """What was wrong with Redis when it was last looked at."""

@@ -26,8 +26,10 @@ class Events(Protocol):
         """What these tokens make certain. `num_tokens`: of all choices so far."""
         ...
 
-    def finish(self, choice: int, word: str, logprobs: dict[str, Any] | None, num_tokens: int) -> bytes:
-        """A choice is over, for OpenAI's reason `word`; its text has been told."""
+    def finish(
+        self, choice: int, word: str, logprobs: dict[str, Any] | None, num_tokens: int, stop_string: str | None = None
+    ) -> bytes:
+        """A choice is over, for OpenAI's reason `word`; its text has been told. `stop_string`: the one that ended it, if one did."""
         ...
 
     def end(self, ended: Ended) -> bytes:
@@ -40,7 +42,10 @@ class Events(Protocol):
 
 
 class Shape(Protocol):
-    """How answers of one kind look."""
+    """How answers of one kind look. `ping`: what is sent while there is nothing to tell, between any two events."""
+
+    @property
+    def ping(self) -> bytes: ...
 
     def events(self, request: Request, begun: Sequence[bool] = ()) -> Events:
         """`begun`: the choices whose first event a reader has already; only for kinds whose streams go on at an event's id."""

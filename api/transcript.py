@@ -25,6 +25,7 @@ class Transcript:
         self._logprobs = Logprobs(tokenizer, request)
         self._needs_order = self._logprobs.are_asked or form_of(request).continuous_usage
         self.opening = self._events.opening
+        self.ping = shape.ping
 
     def encode(self, chunks: Sequence[TokenChunk]) -> bytes:
         """The events that these tokens make certain."""
@@ -51,7 +52,8 @@ class Transcript:
         if piece.text or piece.token_ids or piece.parts:
             yield self._events.piece(piece, self._logprobs.take(choice), count)
         if piece.reason is not None and (word := self.choices.finish_word(choice)):
-            yield self._events.finish(choice, word, self._logprobs.take(choice), count)
+            stop_string = self.choices.stop_string(choice)
+            yield self._events.finish(choice, word, self._logprobs.take(choice), count, stop_string)
 
 
 class NumberedTranscript(Transcript):
@@ -114,6 +116,15 @@ class NumberedTranscript(Transcript):
     def _numbered(self, choice: int, mark: Mark, event: bytes) -> bytes:
         self._marks[choice] = str(mark).encode()
         return b"id: " + b".".join(self._marks) + b"\n" + event
+
+
+def transcript_of(
+    tokenizer: Tokenizer | NoTokenizer, request: Request, shape: Shape, *, has_ids: bool = False
+) -> Transcript:
+    """The whole answer, with ids if they are asked for and this kind's events have some."""
+    if has_ids and isinstance(shape, OpenAIShape):
+        return NumberedTranscript.from_start(tokenizer, request, shape)
+    return Transcript(tokenizer, request, shape)
 
 
 def one_by_one(chunks: Sequence[TokenChunk]) -> Iterator[TokenChunk]:

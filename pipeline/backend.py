@@ -44,6 +44,11 @@ class Backend:
         self._hidden = frozenset() if include else frozenset([*request.eos_token_ids, *(stop.stop_token_ids or ())])
         self._stopped = False
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the choice; None where none did."""
+        return self._stops.found if self._stops is not None else None
+
     def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None = None) -> Text:
         """`finish_reason`: why the engine ended the choice with the last of these tokens, if it did. A token that ended the choice by
         its id (end of sequence, a stop token) is accepted but is no text, unless stop strings are to be included."""
@@ -84,6 +89,7 @@ class StopStrings:
     """Finds the stop string that is complete first in a growing text; of two that end at the same character, the longer.
 
     Text is held back while it is a proper beginning of a stop string, so what was given out never has to be taken back.
+    `found`: the one that is complete.
     """
 
     def __init__(self, stops: Sequence[str], *, include: bool) -> None:
@@ -92,6 +98,7 @@ class StopStrings:
         self._firsts = frozenset(stop[0] for stop in self._stops)
         self._longest = max(map(len, self._stops), default=1)
         self._held = ""
+        self.found: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
         """Text that is certain, and whether a stop string is complete (then the text ends before it, or behind it if included)."""
@@ -101,7 +108,7 @@ class StopStrings:
         cut = self._first_complete(window)
         if cut is not None:
             start, end = cut
-            self._held = ""
+            self._held, self.found = "", window[start:end]
             return window[: end if self._include else start], True
         keep = self._start_of_held(window)
         self._held = window[keep:]

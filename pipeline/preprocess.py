@@ -41,8 +41,16 @@ class Preprocessor:
     def chat(
         self, request_id: str, conversation: Conversation, wanted: Wanted, form: AnswerForm = PLAIN
     ) -> BackendInput:
-        """A conversation by the model's chat template. Raises InvalidRequest (no template, or it refuses; tools that nobody could read from
-        the answer) and ContextLengthExceeded."""
+        """A conversation by the model's chat template. Raises as `chat_prompt` does, and ContextLengthExceeded."""
+        token_ids = self.chat_prompt(conversation, form)
+        tokenizer, template = self._reader("messages"), template_of(self.tokenizer, form)
+        if template is not None and tokenizer.shows_special(template.delimiters):
+            wanted = replace(wanted, output=replace(wanted.output, skip_special_tokens=False))
+        return with_form(self._assemble(request_id, token_ids, wanted, param="messages"), form)
+
+    def chat_prompt(self, conversation: Conversation, form: AnswerForm = PLAIN) -> list[int]:
+        """The tokens of a conversation, however many. Raises InvalidRequest: no template, or it refuses; tools that nobody could read from
+        the answer."""
         tokenizer = self._reader("messages")
         if not tokenizer.has_chat_template:
             raise InvalidRequest(
@@ -50,12 +58,7 @@ class Preprocessor:
                 param="messages",
             )
         self._check_tools(tokenizer, form)
-        template = template_of(tokenizer, form)
-        if template is not None and tokenizer.shows_special(template.delimiters):
-            wanted = replace(wanted, output=replace(wanted.output, skip_special_tokens=False))
-        text = tokenizer.render(conversation)
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
-        return with_form(self._assemble(request_id, token_ids, wanted, param="messages"), form)
+        return tokenizer.encode(tokenizer.render(conversation), add_special_tokens=False)
 
     def completion(
         self,

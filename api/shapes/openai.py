@@ -13,8 +13,8 @@ import msgspec
 
 from api.errors import error_json
 from api.feed import Piece
-from api.said import Said, call_id
-from api.sse import line_json, text_json
+from api.said import Said, call_id, is_parsed
+from api.sse import PING, line_json, text_json
 from pipeline.answer_form import form_of
 from pipeline.errors import BatonError
 from pipeline.parsing import Part, PartKind
@@ -62,6 +62,8 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
 class OpenAIShape:
     """`reasoning_field`: the name of a message's reasoning, which OpenAI's chats do not have."""
 
+    ping = PING
+
     def __init__(self, reasoning_field: str) -> None:
         self._reasoning_field = reasoning_field
 
@@ -81,7 +83,7 @@ class OpenAIShape:
     def choice(self, request: Request, index: int, said: Said) -> dict[str, Any]:
         """One choice of it."""
         fields: dict[str, Any] = (
-            {"message": self._message(request, index, said)} if is_chat(request) else {"text": said.content}
+            {"message": self._message(request, index, said)} if is_parsed(request) else {"text": said.content}
         )
         if form_of(request).return_token_ids:
             fields |= {"token_ids": said.token_ids, "prompt_token_ids": request.input.token_ids}
@@ -141,7 +143,9 @@ class OpenAIEvents:
             fields["logprobs"] = logprobs
         return self._event(piece.choice, fields, None, num_tokens)
 
-    def finish(self, choice: int, word: str, logprobs: dict[str, Any] | None, num_tokens: int) -> bytes:
+    def finish(
+        self, choice: int, word: str, logprobs: dict[str, Any] | None, num_tokens: int, stop_string: str | None = None
+    ) -> bytes:
         """The last event of a choice. Its tokens have been told."""
         fields: dict[str, Any] = {"delta": {}} if is_chat(self._request) else {"text": ""}
         if self._tells_tokens:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -160,6 +161,11 @@ async def test_a_full_queue_is_a_status_with_retry_after(server: RedisServer, tm
             response = await http.post(CHAT, json=STREAM | {"stream": stream})
             assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
             assert 1 <= int(response.headers["retry-after"]) <= 120
+        async with anthropic.AsyncAnthropic(base_url=served.url, api_key="none", max_retries=0) as client:
+            with pytest.raises(anthropic.APIStatusError) as raised:
+                await client.messages.create(model=POOL, messages=HELLO, max_tokens=1)
+        assert (raised.value.status_code, raised.value.type) == (529, "overloaded_error")
+        assert raised.value.response.headers["retry-after"]
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
 

@@ -178,12 +178,13 @@ def test_exactly_what_could_become_a_stop_string_is_held_back(pieces: list[str],
         seen, given_out = seen + piece, given_out + delta
         cut = reference_cut(seen, stops)
         if cut is not None:
-            assert (given_out, stopped) == (seen[: cut[0]], True)
+            assert (given_out, stopped, watch.found) == (seen[: cut[0]], True, seen[cut[0] : cut[1]])
             return
         begins = [stop[:length] for stop in stops for length in range(1, len(stop))]
         held = max((len(begin) for begin in begins if seen.endswith(begin)), default=0)
         assert (given_out, stopped) == (seen[: len(seen) - held], False)
     assert given_out + watch.finish() == seen
+    assert watch.found is None
 
 
 def test_stop_strings_count_from_the_least_number_of_tokens_on() -> None:
