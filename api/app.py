@@ -14,6 +14,7 @@ from api.generation import generation_routes
 from api.metrics import Metrics
 from api.probes import model_routes, probe_routes
 from api.requests import request_routes
+from api.responses import response_routes
 from api.service import ServedPool, Service
 from pipeline.config import ApiSettings
 from pipeline.redis_health import RedisWatch
@@ -30,7 +31,7 @@ def create_app(
     service = Service(settings, pools, drain or Drain(settings.shutdown_grace_s), Metrics(), redis)
     app = FastAPI(title="Baton", version=pipeline.__version__, openapi_url=None, redirect_slashes=False)
     install_error_handlers(app, service.metrics)
-    for routes in (generation_routes, request_routes, model_routes, probe_routes):
+    for routes in (generation_routes, response_routes, request_routes, model_routes, probe_routes):
         app.include_router(routes(service))
     app.add_middleware(Edge)
     return app

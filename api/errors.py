@@ -32,6 +32,7 @@ TABLE: dict[str, Row] = {
     "invalid_request": Row(400, "invalid_request_error"),
     "context_length_exceeded": Row(400, "invalid_request_error"),
     "unsupported_parameter": Row(400, "invalid_request_error"),
+    "previous_response_not_found": Row(400, "invalid_request_error"),
     "model_not_found": Row(404, "invalid_request_error"),
     "not_found": Row(404, "invalid_request_error"),
     "request_not_found": Row(404, "invalid_request_error"),
@@ -64,13 +65,16 @@ def row_of(error: BatonError) -> Row:
     return TABLE.get(error.code, INTERNAL)
 
 
+def error_text(error: BatonError) -> str:
+    """The message of an error, bounded."""
+    message = str(error)
+    return message if len(message) <= LONGEST_MESSAGE else message[:LONGEST_MESSAGE] + "…"
+
+
 def error_json(error: BatonError) -> bytes:
     """The body of an error, also the data of an error event in a stream."""
-    message = str(error)
-    if len(message) > LONGEST_MESSAGE:
-        message = message[:LONGEST_MESSAGE] + "…"
     param = error.param if isinstance(error, InvalidRequest) else None
-    return msgspec.json.encode({"error": ErrorBody(message, row_of(error).type, param, error.code)})
+    return msgspec.json.encode({"error": ErrorBody(error_text(error), row_of(error).type, param, error.code)})
 
 
 def error_response(error: BatonError) -> Response:

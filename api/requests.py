@@ -18,12 +18,13 @@ from api.event_ids import LAST_EVENT_ID, Place, read_event_id
 from api.service import Service
 from api.shapes.openai import OpenAIShape, usage_fields
 from api.transcript import NumberedTranscript
-from pipeline.errors import RequestNotFound
+from pipeline.errors import InvalidRequest, RequestNotFound
 from pipeline.logprobs import record_bytes, records_between
 from pipeline.protocol import Timeline
 from pipeline.stream import TokenChunk, Usage
 
 READ = ["GET", "HEAD"]
+CHUNKED = ("chat.completion", "text_completion")  # kinds whose streams go on at an event's id
 INLINE_TOKENS = 16_384  # more are made text again in a thread, so that they do not hold up the streams
 
 
@@ -36,6 +37,10 @@ def request_routes(service: Service) -> APIRouter:
         """The events behind the last one that the reader has; a header wins over the query, as it is the newer one of the two."""
         service.drain.check()
         found = await find_request(service, http, request_id)
+        if found.request.kind not in CHUNKED:
+            raise InvalidRequest(
+                f"the stream of a {found.request.kind} has no event ids: read it where it was asked for", param="id"
+            )
         if http.method == "HEAD":
             return Response(media_type="text/event-stream")
         given = http.headers.get(LAST_EVENT_ID, last_event_id)

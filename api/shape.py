@@ -39,12 +39,16 @@ class Events(Protocol):
         ...
 
 
-class Shape(Protocol):
-    """How answers of one kind look."""
+class StreamShape(Protocol):
+    """How streams of one kind look."""
 
     def events(self, request: Request, begun: Sequence[bool] = ()) -> Events:
         """`begun`: the choices whose first event a reader has already; only for kinds whose streams go on at an event's id."""
         ...
+
+
+class Shape(StreamShape, Protocol):
+    """How answers of one kind look."""
 
     def whole(self, request: Request, said: Sequence[Said], ended: Ended) -> dict[str, Any]:
         """The body of an answer that is complete."""

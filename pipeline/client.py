@@ -177,6 +177,10 @@ class PoolClient:
             self._abandon(request.id, admitting)
             raise
 
+    def deadline_s(self, priority: str) -> float:
+        """How long a request of this lane lives at most, where it is not said otherwise."""
+        return self._settings.lane(priority).deadline_s
+
     def _route(self, admission: Admission) -> Admission:
         """Where it starts, as the pool looks now."""
         request = admission.request

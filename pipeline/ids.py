@@ -19,10 +19,11 @@ def pool_of(request_id: str) -> str:
 
 
 def bare_id(text: str, pools: Collection[str]) -> str:
-    """A request's id as one of the `pools` has it, also where it is given as an answer's `id`: `chatcmpl-<id>`, `cmpl-<id>`."""
+    """A request's id as one of the `pools` has it, also where it is given as an answer's `id`: `chatcmpl-<id>`, `cmpl-<id>`,
+    `resp_<id>`."""
     if pool_of(text) in pools:
         return text
-    return text.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    return text.removeprefix("chatcmpl-").removeprefix("cmpl-").removeprefix("resp_")
 
 
 def new_process_name(role: str) -> str:
