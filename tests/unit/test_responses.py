@@ -136,6 +136,16 @@ def test_grouping_of_tokens_changes_no_byte(name: str, cuts: list[int]) -> None:
     assert streamed(what, parts_of(one, cuts), DONE) == streamed(what, [one], DONE)
 
 
+@pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.ERROR])
+@pytest.mark.parametrize("text", ["<think>\nhm\n</think>\n\nWell 👋", CALL, "Well <tool_call"])
+def test_an_end_that_comes_behind_the_last_token_changes_no_byte(reason: FinishReason, text: str) -> None:
+    """From the log it comes with the last token; here that leaves half a character or half a tag behind."""
+    what, ended = asked(), structs.replace(DONE, state="done" if reason is FinishReason.LENGTH else "failed")
+    ids = TOKENIZER.encode(text, add_special_tokens=False)[:-1]
+    live = [TokenChunk(0, 0, ids, None), TokenChunk(0, len(ids), [], reason)]
+    assert streamed(what, live, ended) == streamed(what, [TokenChunk(0, 0, ids, reason)], ended)
+
+
 def test_items_are_what_the_answer_says() -> None:
     (thought, said, *calls) = whole_of(asked(), chunk(TEXTS["calls"], FinishReason.EOS), DONE)["output"]
     assert (thought["type"], thought["content"][0]["text"].strip()) == ("reasoning", "hm")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openai.types.responses import ResponseItemList
 
-from api.asks import conversation, form, wanted
+from api.asks import check_served, conversation, form, wanted
 from api.input_items import calls_in, kept_items, read_items
 from api.responses import page
 from api.responses_asks import as_chat, echo, in_own_words, prepared
@@ -187,6 +187,23 @@ def test_errors_have_the_names_of_responses() -> None:
     with pytest.raises(InvalidRequest, match=r"text\.format is not") as wrong, in_own_words():
         raise InvalidRequest("response_format is not served", param="response_format", code="unsupported_parameter")
     assert (wrong.value.param, wrong.value.code) == ("text.format", "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"text": {"format": SCHEMA}}, "text.format"),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
+    ],
+)
+def test_what_the_engine_does_not_serve_is_named_as_it_was_asked_for(fields: dict[str, Any], param: str) -> None:
+    chat = as_chat(response_body(raw(**fields)), read_items("hi"))
+    with pytest.raises(InvalidRequest, match=f"{param} is not supported.*mock") as refused, in_own_words():
+        check_served(chat, "mock")
+    assert refused.value.param == param
+    check_served(chat, "vllm")
 
 
 def ready(truncation: str, *, words: int) -> list[int]:
