@@ -105,6 +105,14 @@ class Items:
                     entries = _last_of(entries, len(part.text.encode()))
                 yield from self._text(kind, part.text, entries)
 
+    def add_plain(self, text: str) -> int | None:
+        """A piece of text for the message that is open, whose only event is its delta; gives the message's place. None where no message is
+        open: nothing is added then."""
+        if self._open is None or self._open.kind is not PartKind.CONTENT:
+            return None
+        self._open.texts.append(text)
+        return self._open.place
+
     def add_nothing(self) -> Iterator[Event]:
         """A message without text: what an answer that says nothing consists of."""
         yield from self._begin(PartKind.CONTENT)

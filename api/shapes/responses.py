@@ -18,8 +18,8 @@ from typing import Any
 
 from api.errors import error_of_end, error_text
 from api.feed import Piece
-from api.shapes.response_items import COMPLETED, IN_PROGRESS, INCOMPLETE, Event, Items
-from api.sse import line_json
+from api.shapes.response_items import COMPLETED, IN_PROGRESS, INCOMPLETE, Event, Items, item_id
+from api.sse import line_json, text_json
 from pipeline.answer_form import form_of
 from pipeline.errors import BatonError, DeadlineExceeded, InvalidRequest, RequestCancelled, RequestFailed
 from pipeline.parsing import Part, PartKind
@@ -32,6 +32,7 @@ ENDINGS = (
     RequestCancelled,
     DeadlineExceeded,
 )  # of the request itself; others end a reader's stream alone
+DELTA = b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","sequence_number":'
 ALL = sys.maxsize  # every event that there could be
 
 
@@ -63,11 +64,15 @@ class ResponseEvents:
         self._is_begun = self._is_over = False
         self._is_cut = False  # by the longest that was asked for
         self._num_tokens = self._reasoning_tokens = 0
+        self._plain = (-1, b"")  # the place of a message, and the fixed part of its deltas
         first = QUEUED if self._is_background else IN_PROGRESS
         self.opening = self._lifecycle("created", first) + self._lifecycle(first, first)
 
     def piece(self, piece: Piece, logprobs: dict[str, Any] | None, num_tokens: int) -> bytes:
         """Its parts in their order. Log probabilities belong to its content; those of reasoning and calls are not told."""
+        if piece.parts is None and logprobs is None and (place := self._items.add_plain(piece.text)) is not None:
+            self._num_tokens = num_tokens
+            return self._plain_delta(place, piece.text)
         parts = [Part(PartKind.CONTENT, piece.text)] if piece.parts is None else piece.parts
         self._count(parts, num_tokens)
         entries = logprobs["content"] if logprobs is not None else []
@@ -159,6 +164,17 @@ class ResponseEvents:
 
     def _lifecycle(self, name: str, status: str) -> bytes:
         return self._tell([(f"response.{name}", {"response": self._object(status, [])})])
+
+    def _plain_delta(self, place: int, text: str) -> bytes:
+        """The event that most of a stream consists of, as `_tell` would make it: its fixed part is made once a message."""
+        number, self._number = self._number, self._number + 1
+        if number <= self._after:
+            return b""
+        if self._plain[0] != place:
+            at = {"item_id": item_id(self._request.id, "msg", place), "output_index": place}
+            fixed = line_json({**at, "content_index": 0, "logprobs": []})
+            self._plain = (place, b"," + fixed[1:-1] + b',"delta":')
+        return b"%b%d%b%b}\n\n" % (DELTA, number, self._plain[1], text_json(text))
 
     def _tell(self, events: Iterable[Event]) -> bytes:
         """Number the events, and encode those that the reader does not have."""

@@ -129,6 +129,22 @@ def test_a_replay_is_byte_equal_at_every_starting_after(name: str, state: str) -
         assert rest == b"".join(event + b"\n\n" for event in events[after + 1 :])
 
 
+def test_plain_text_is_told_as_text_among_other_parts_is() -> None:
+    """Without a parser pieces of text take a shorter way."""
+    plain = Tokenizer.load(BUILTIN_MODEL, response_template="none")
+    what, one = asked(tools=None), chunk(TEXTS["text"], FinishReason.EOS)
+    told: list[bytes] = []
+    for tokenizer in (plain, TOKENIZER):
+        transcript = ResponseTranscript(tokenizer, what, ResponseShape())
+        told.append(transcript.opening + transcript.encode([one]) + transcript.end(DONE))
+    assert told[0] == told[1]
+    events_in(told[0])
+    replayed = [ResponseTranscript(plain, what, ResponseShape(after)) for after in range(-1, 14)]
+    rests = [one_of.opening + one_of.encode([one]) + one_of.end(DONE) for one_of in replayed]
+    events = told[0].split(b"\n\n")[:-1]
+    assert rests == [b"".join(event + b"\n\n" for event in events[count:]) for count in range(15)]
+
+
 @pytest.mark.parametrize("name", sorted(TEXTS))
 @given(cuts=st.lists(st.integers(0, 1000), max_size=40))
 def test_grouping_of_tokens_changes_no_byte(name: str, cuts: list[int]) -> None:
