@@ -1,4 +1,5 @@
-"""Responses of the background outlive the API process that took them: another one tells the rest, and the whole of it."""
+"""Responses of the background outlive the API process that took them: another one tells the rest, and the whole of it. What becomes of
+them without workers, and when their time is over."""
 
 from __future__ import annotations
 
@@ -79,3 +80,35 @@ async def test_what_nobody_reads_goes_on_when_its_api_is_killed(
         last = events_in(await retrieved(served, other, queued["id"]))[-1]
         assert (last["type"], last["response"]["usage"]["output_tokens"]) == ("response.incomplete", 300)
         assert await served.system.counter("ended:cancelled") == 0
+
+
+async def test_what_no_worker_takes_fails_at_its_deadline(default_redis_server: RedisServer, tmp_path: Path) -> None:
+    async with serving(default_redis_server, tmp_path, *SETTINGS, stages="") as served, served.http() as http:
+        limited = {"X-Request-Timeout": "0.5"}
+        queued = (await http.post("/v1/responses", json=ASKED, headers=limited)).json()
+        data = await retrieved(served, served.url, queued["id"])
+        kinds = [event["type"] for event in events_in(data)]
+        assert kinds == ["response.created", "response.queued", "response.failed"]
+        found = (await http.get(f"/v1/responses/{queued['id']}")).json()
+        failed = strictly(Response, found)
+        assert failed.status == "failed"
+        assert failed.error is not None
+        assert "time ran out" in failed.error.message
+        assert found == events_in(data)[-1]["response"]
+        waited = await http.post("/v1/responses", json={**ASKED, "background": False}, headers=limited)
+        assert (waited.status_code, waited.json()["error"]["code"]) == (504, "queue_timeout")
+
+
+async def test_a_response_lives_as_long_as_the_settings_say(default_redis_server: RedisServer, tmp_path: Path) -> None:
+    async with (
+        serving(default_redis_server, tmp_path, *SETTINGS, "queue.result_ttl_s=1") as served,
+        served.http() as http,
+    ):
+        made = (await http.post("/v1/responses", json={**ASKED, "background": False, "max_output_tokens": 2})).json()
+
+        async def is_gone() -> bool:
+            return (await http.get(f"/v1/responses/{made['id']}")).status_code == 404
+
+        await served.system.until(is_gone, 20)
+        answer = await http.post("/v1/responses", json={**ASKED, "previous_response_id": made["id"]})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "previous_response_not_found")
