@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Protocol
 
 import anyio
 import msgspec
@@ -30,7 +31,7 @@ from api.service import ServedPool, Service
 from api.transcript import Transcript
 from pipeline.errors import BatonError, RequestFailed
 from pipeline.protocol import Request
-from pipeline.stream import RequestStream, TokenChunk
+from pipeline.stream import Ended, RequestStream, TokenChunk
 
 LEAVE_LIMIT_S = 5.0  # Redis may be away while a request is left; its deadline ends it then
 
@@ -189,7 +190,8 @@ class StreamedAnswer(Answer):
         except Exception:  # the edge: the headers are out, so the only honest end is an error event
             log.exception("an answer could not be written", request_id=feed.stream.id)
             end = transcript.error(RequestFailed("internal error; the server's log has the reason"))
-        yield opening + end
+        if last := opening + end:
+            yield last
 
     def _end(self, stream: RequestStream, transcript: Transcript) -> bytes:
         failure = self._failure(stream, transcript.choices)
@@ -198,6 +200,14 @@ class StreamedAnswer(Answer):
             return transcript.error(failure)
         assert stream.ended is not None
         return transcript.end(stream.ended)
+
+
+class Reader(Protocol):
+    """What the tokens of a whole answer are given to."""
+
+    choices: Choices
+
+    def push(self, chunks: Sequence[TokenChunk]) -> object: ...
 
 
 class WholeAnswer(Answer):
@@ -216,15 +226,19 @@ class WholeAnswer(Answer):
     async def _collect(self, feed: Feed) -> bytes:
         request = asked(feed.stream)
         collected = Collected(self._pool.preprocessor.tokenizer, request)
+        ended = await self._read(feed, collected)
+        return msgspec.json.encode(self._service.shapes[request.kind].whole(request, collected.all(), ended))
+
+    async def _read(self, feed: Feed, reader: Reader) -> Ended:
+        """Give the reader all tokens. Raises what the answer failed of."""
         while (chunks := await feed.next()) is not None:
             self._note_first(feed.stream)
-            collected.push(chunks)
-        failure = self._failure(feed.stream, collected.choices)
+            reader.push(chunks)
+        failure = self._failure(feed.stream, reader.choices)
         if failure is not None:
             raise failure
         assert feed.stream.ended is not None
-        body = self._service.shapes[request.kind].whole(request, collected.all(), feed.stream.ended)
-        return msgspec.json.encode(body)
+        return feed.stream.ended
 
 
 def asked(stream: RequestStream) -> Request:

@@ -20,6 +20,7 @@ from api.metrics import Metrics
 from api.probes import model_routes, probe_routes
 from api.rate_limits import HEADER_NAMES, RateLimits
 from api.requests import request_routes
+from api.responses import response_routes
 from api.service import ServedPool, Service
 from api.tokenizing import tokenizing_routes
 from pipeline.api_keys import ADMIN, INFERENCE
@@ -48,7 +49,14 @@ def create_app(
     service = Service(settings, pools, drain or Drain(settings.shutdown_grace_s), Metrics(), redis, rates)
     app = FastAPI(title="Baton", version=pipeline.__version__, openapi_url=None, redirect_slashes=False)
     install_error_handlers(app, service.metrics)
-    for routes in (generation_routes, anthropic_routes, embedding_routes, tokenizing_routes, model_routes):
+    for routes in (
+        generation_routes,
+        response_routes,
+        anthropic_routes,
+        embedding_routes,
+        tokenizing_routes,
+        model_routes,
+    ):
         app.include_router(routes(service), dependencies=[Depends(needs(INFERENCE))])
     app.include_router(request_routes(service), dependencies=[Depends(needs(INFERENCE, ADMIN))])
     app.include_router(probe_routes(service))

@@ -59,7 +59,7 @@ class Common(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
-    service_tier: Literal["auto", "default", "scale", "priority", "flex", "batch"] | None = None
+    service_tier: Literal["auto", "default", "scale", "priority", "fast", "flex", "batch"] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -213,7 +213,7 @@ def decoded(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from error
+        raise invalid(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     except RecursionError as error:
@@ -224,10 +224,10 @@ _AT_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`$")
 
 
-def _invalid(text: str) -> InvalidRequest:
-    """msgspec's message, with its path moved to `param`."""
+def invalid(text: str, under: str = "") -> InvalidRequest:
+    """msgspec's message, with its path moved to `param`; `under`: the path of the value that it speaks of."""
     found = _AT_PATH.search(text)
-    path = found["path"] if found else ""
+    path = _under(under, found["path"] if found else "")
     what = text[: found.start()] if found else text
     missing = _MISSING.match(what)
     if missing:
@@ -235,3 +235,7 @@ def _invalid(text: str) -> InvalidRequest:
         what = "required field is missing"
     what = what[:1].lower() + what[1:200]
     return InvalidRequest(f"{path}: {what}" if path else f"the body: {what}", param=path or None)
+
+
+def _under(path: str, inner: str) -> str:
+    return path + inner if not path or not inner or inner.startswith("[") else f"{path}.{inner}"

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from api.bodies import decoded, digest
 from api.embedding_answer import EmbeddingAnswer, Part
-from api.generation import INLINE_BYTES, admitted_body, idempotency_key, served_pool
+from api.generation import INLINE_BYTES, admitted_body, idempotency_key, lane_for, served_pool
 from api.guard import caller
 from api.headers import treatment
 from api.service import ServedPool, Service
@@ -24,7 +24,6 @@ from pipeline.errors import InvalidRequest
 from pipeline.features import EMBEDDINGS, is_served
 from pipeline.ids import new_request_id
 from pipeline.queue import EMBED
-from pipeline.routing import lane_of
 
 Input = str | list[str | int | list[int]]
 
@@ -140,8 +139,7 @@ def _parts(
 ) -> list[Part]:
     """The tasks of one request and how each is submitted. Under a key each has one of its own, so the whole can be sent again."""
     treat, who, created_s = treatment(http.headers), caller(http), int(time.time())
-    says_lane = body.priority is not None or body.service_tier not in (None, "auto")
-    lane = who.lane(lane_of(body.priority, body.service_tier) if says_lane else None)
+    lane = lane_for(http, body.priority, body.service_tier)
     key, body_digest = treat.idempotency_key, digest(body) if treat.idempotency_key else ""
     parts: list[Part] = []
     for number, part in enumerate(parts_of([len(tokens) for tokens in sequences], offer.part_inputs)):

@@ -37,6 +37,7 @@ TABLE: dict[str, Row] = {
     "unsupported_parameter": Row(400, "invalid_request_error"),
     "invalid_api_key": Row(401, "authentication_error"),
     "permission_denied": Row(403, "permission_error"),
+    "previous_response_not_found": Row(400, "invalid_request_error"),
     "model_not_found": Row(404, "invalid_request_error"),
     "not_found": Row(404, "invalid_request_error"),
     "request_not_found": Row(404, "invalid_request_error"),
@@ -79,15 +80,20 @@ def row_of(error: BatonError) -> Row:
     return TABLE.get(error.code, INTERNAL)
 
 
-def error_json(error: BatonError) -> bytes:
-    """The body of an error, also the data of an error event in a stream."""
-    param = error.param if isinstance(error, InvalidRequest) else None
-    return msgspec.json.encode({"error": ErrorBody(bounded(str(error)), row_of(error).type, param, error.code)})
-
-
 def bounded(message: str) -> str:
     """A message of a length that is told."""
     return message if len(message) <= LONGEST_MESSAGE else message[:LONGEST_MESSAGE] + "…"
+
+
+def error_text(error: BatonError) -> str:
+    """What is told of an error."""
+    return bounded(str(error))
+
+
+def error_json(error: BatonError) -> bytes:
+    """The body of an error, also the data of an error event in a stream."""
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return msgspec.json.encode({"error": ErrorBody(error_text(error), row_of(error).type, param, error.code)})
 
 
 OPENAI = Dialect(lambda error: row_of(error).status, lambda error, _: error_json(error))

@@ -85,8 +85,7 @@ async def answer(
     body_bytes: int,
 ) -> Response:
     """A checked body, to be served as its kind is. `prepare`: the input of each prompt, given the service tier that is told."""
-    says_lane = body.priority is not None or body.service_tier not in (None, "auto")
-    lane = caller(http).lane(lane_of(body.priority, body.service_tier) if says_lane else None)
+    lane = lane_for(http, body.priority, body.service_tier)
     tier = "" if body.service_tier is None else TIER_OF_LANE[lane]  # told only where one was asked for
     is_light = body_bytes <= INLINE_BYTES and not has_constraint(body)
     inputs = prepare(tier) if is_light else await asyncio.to_thread(prepare, tier)
@@ -131,6 +130,12 @@ def _openings(
         )  # fmt: skip
         openings.append(opening)
     return openings
+
+
+def lane_for(http: HttpRequest, priority: int | None, service_tier: str | None) -> str:
+    """The lane that a body asks for and its caller may have; the caller's own where it asks for none."""
+    says_lane = priority is not None or service_tier not in (None, "auto")
+    return caller(http).lane(lane_of(priority, service_tier) if says_lane else None)
 
 
 def under_lora(ready: BackendInput, name: str) -> BackendInput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from api.shapes.openai import is_chat
+from api.said import is_parsed
 from pipeline.logprobs import TokenLogprob, record_bytes, unpack_logprobs
 from pipeline.protocol import Request
 from pipeline.stream import TokenChunk
@@ -21,7 +21,7 @@ class Logprobs:
 
     def __init__(self, tokenizer: Tokenizer | NoTokenizer, request: Request) -> None:
         self._tokenizer = tokenizer
-        self._is_chat = is_chat(request)
+        self._is_chat = is_parsed(request)
         self._record_bytes = record_bytes(request.input)
         choices = range(request.input.sampling_options.n)
         self._kept: list[list[Entry]] = [[] for _ in choices]

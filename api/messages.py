@@ -139,7 +139,7 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
         for place, call in enumerate(message.tool_calls or []):
             if message.role != "assistant":
                 raise InvalidRequest(f"{path}.tool_calls: only an assistant calls", param=f"{path}.tool_calls")
-            _arguments(call, f"{path}.tool_calls[{place}].function.arguments")
+            arguments_of(call, f"{path}.tool_calls[{place}].function.arguments")
 
 
 def check_continuation(messages: Sequence[ChatMessage], continues: bool | None, add_prompt: bool | None) -> None:
@@ -211,7 +211,7 @@ def _template_message(message: ChatMessage) -> dict[str, Any]:
             {
                 "id": call.id,
                 "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call, "")},
+                "function": {"name": call.function.name, "arguments": arguments_of(call, "")},
             }
             for call in message.tool_calls
         ]
@@ -229,8 +229,8 @@ def _text(message: ChatMessage) -> str:
     )
 
 
-def _arguments(call: ToolCall, path: str) -> dict[str, Any]:
-    """Raises InvalidRequest where they are no object."""
+def arguments_of(call: ToolCall, path: str) -> dict[str, Any]:
+    """The arguments of a call, as templates take them. Raises InvalidRequest where they are no object."""
     try:
         return msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError) as error:

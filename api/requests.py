@@ -25,6 +25,7 @@ from pipeline.protocol import Timeline
 from pipeline.stream import TokenChunk, Usage
 
 READ = ["GET", "HEAD"]
+READABLE = ("chat.completion", "text_completion", "message")  # kinds whose streams are read here
 INLINE_TOKENS = 16_384  # more are made text again in a thread, so that they do not hold up the streams
 
 
@@ -39,6 +40,10 @@ def request_routes(service: Service) -> APIRouter:
         found = await find_request(service, http, request_id)
         if found.request.task is not None:
             raise InvalidRequest(f"{found.request.id} generates nothing: it has no stream of events", param="id")
+        if found.request.kind not in READABLE:
+            raise InvalidRequest(
+                f"the stream of a {found.request.kind} has no event ids: read it where it was asked for", param="id"
+            )
         if http.method == "HEAD":
             return Response(media_type="text/event-stream")
         given = http.headers.get(LAST_EVENT_ID, last_event_id)

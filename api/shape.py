@@ -41,8 +41,8 @@ class Events(Protocol):
         ...
 
 
-class Shape(Protocol):
-    """How answers of one kind look. `ping`: what is sent while there is nothing to tell, between any two events."""
+class StreamShape(Protocol):
+    """How streams of one kind look. `ping`: what is sent while there is nothing to tell, between any two events."""
 
     @property
     def ping(self) -> bytes: ...
@@ -50,6 +50,10 @@ class Shape(Protocol):
     def events(self, request: Request, begun: Sequence[bool] = ()) -> Events:
         """`begun`: the choices whose first event a reader has already; only for kinds whose streams go on at an event's id."""
         ...
+
+
+class Shape(StreamShape, Protocol):
+    """How answers of one kind look."""
 
     def whole(self, request: Request, said: Sequence[Said], ended: Ended) -> dict[str, Any]:
         """The body of an answer that is complete."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from api.event_ids import CERTAIN, COMPLETE, FINISHED, UNOPENED, Mark, Place
 from api.feed import Choices, Piece
 from api.logprobs import Logprobs
-from api.shape import Shape
+from api.shape import StreamShape
 from api.shapes.openai import DONE, OpenAIShape
 from pipeline.answer_form import form_of
 from pipeline.errors import BatonError
@@ -19,7 +19,7 @@ from pipeline.tokenizer import NoTokenizer, Tokenizer
 class Transcript:
     """The events of one answer. `opening`: what comes before the first token."""
 
-    def __init__(self, tokenizer: Tokenizer | NoTokenizer, request: Request, shape: Shape) -> None:
+    def __init__(self, tokenizer: Tokenizer | NoTokenizer, request: Request, shape: StreamShape) -> None:
         self.choices = Choices(tokenizer, request, by_token=True)
         self._events = shape.events(request)
         self._logprobs = Logprobs(tokenizer, request)
@@ -119,7 +119,7 @@ class NumberedTranscript(Transcript):
 
 
 def transcript_of(
-    tokenizer: Tokenizer | NoTokenizer, request: Request, shape: Shape, *, has_ids: bool = False
+    tokenizer: Tokenizer | NoTokenizer, request: Request, shape: StreamShape, *, has_ids: bool = False
 ) -> Transcript:
     """The whole answer, with ids if they are asked for and this kind's events have some."""
     if has_ids and isinstance(shape, OpenAIShape):

@@ -152,13 +152,13 @@ class PoolClient:
 
     async def admit(
         self, request: Request, *, stage: str = "", priority: str = "default", deadline_s: float | None = None,
-        delay_s: float = 0.0, idempotency_key: str = "", body_digest: str = "",
+        delay_s: float = 0.0, idempotency_key: str = "", body_digest: str = "", max_held: int = 0,
     ) -> str:  # fmt: skip
         """Admit a request that nobody streams; `ends.wait` tells when it is over. Returns its id, or that of the first request of the
         key. It goes on whatever becomes of this process. `stage`: of one's own; left out: where the router says. `deadline_s`
-        may be longer than the lane's; it runs from when the request may be claimed.
+        may be longer than the lane's; it runs from when the request may be claimed. `max_held`: as for `submit`.
 
-        Raises `QueueFull` with `retry_after_s`, `IdempotencyConflict`, `RedisUnavailable`.
+        Raises `QueueFull` and `KeyBusy` with `retry_after_s`, `IdempotencyConflict`, `RedisUnavailable`.
         """
         admission = self._route(
             Admission(
@@ -166,7 +166,7 @@ class PoolClient:
                 delay_s=delay_s, notify=self._name,
             )
         )  # fmt: skip
-        limits = self._limits(priority, None)
+        limits = dataclasses.replace(self._limits(priority, None), max_held=max_held)
         if deadline_s is not None:
             limits = dataclasses.replace(limits, deadline_s=deadline_s)
         admitting = asyncio.ensure_future(self.queue.admit(admission, limits))
@@ -177,6 +177,10 @@ class PoolClient:
         except asyncio.CancelledError:
             self._abandon(request.id, admitting)
             raise
+
+    def deadline_s(self, priority: str) -> float:
+        """How long a request of this lane lives at most, where it is not said otherwise."""
+        return self._settings.lane(priority).deadline_s
 
     def _route(self, admission: Admission) -> Admission:
         """Where it starts: a task in the stage that it names, a generation as the pool looks now."""

@@ -105,7 +105,7 @@ class QueueSettings(Section, frozen=True, kw_only=True):
     max_waiting_tasks: Amount = 100_000  # a lane
     max_waiting_tokens: Amount = 100_000_000  # queued prompt tokens a lane
     deadline_s: Positive = 600.0
-    result_ttl_s: Positive = 600.0  # how long an ended request can be read
+    result_ttl_s: Positive = 600.0  # how long an ended request can be read, a response retrieved
     max_result_bytes: Count = 1_048_576  # a larger result of a task of one's own fails it
     dead_ttl_s: Positive = 86_400.0  # how long a dead-lettered request can be shown and replayed
     overtake_ms: Amount = 2000  # longest that a task which does not fit is passed over

@@ -20,10 +20,10 @@ def pool_of(request_id: str) -> str:
 
 def bare_id(text: str, pools: Collection[str]) -> str:
     """A request's id as one of the `pools` has it, also where it is given as an answer's `id`: `chatcmpl-<id>`, `cmpl-<id>`,
-    `msg_<id>`."""
+    `resp_<id>` or `msg_<id>`."""
     if pool_of(text) in pools:
         return text
-    return text.removeprefix("chatcmpl-").removeprefix("cmpl-").removeprefix("msg_")
+    return text.removeprefix("chatcmpl-").removeprefix("cmpl-").removeprefix("resp_").removeprefix("msg_")
 
 
 def new_process_name(role: str) -> str:

@@ -112,7 +112,7 @@ class Request(Wire, frozen=True, kw_only=True, tag="request.v1", tag_field="type
     """
 
     id: str
-    kind: str  # "chat.completion" | "text_completion" | "task"
+    kind: str  # "chat.completion" | "text_completion" | "response" | "task"
     created_s: int
     input: BackendInput
     include_usage: bool = False

@@ -309,6 +309,11 @@ class PoolQueue:
         answer = await self._call("drop", request_id, entry)
         return answer[1].decode() if answer[0] == b"kept" else ""
 
+    async def erase(self, request_id: str) -> tuple[str, str]:
+        """Forget what an ended request was asked and said. Returns ("erased" | "kept", state), or ("gone", "")."""
+        answer = await self._call("erase", request_id)
+        return answer[0].decode(), answer[1].decode()
+
     # -- a worker's side ----------------------------------------------------------------------------------------------
 
     async def claim(

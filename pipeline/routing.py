@@ -7,7 +7,7 @@ import dataclasses
 from pipeline.config import RouterSettings
 
 LANE_OF_TIER = {
-    "auto": "default", "default": "default", "scale": "default", "priority": "high", "flex": "low", "batch": "low"
+    "auto": "default", "default": "default", "scale": "default", "priority": "high", "fast": "high", "flex": "low", "batch": "low"
 }  # fmt: skip
 TIER_OF_LANE = {"high": "priority", "default": "default", "low": "flex"}
 

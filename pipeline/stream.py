@@ -57,6 +57,12 @@ class Ended(msgspec.Struct, frozen=True):
     timeline: Timeline
 
 
+def ended_of(standing: Standing) -> Ended:
+    """How a request ended that has."""
+    usage = Usage(standing.prompt_tokens, standing.completion_tokens, standing.cached_tokens)
+    return Ended(standing.state, standing.reason, usage, standing.stage, standing.timeline)
+
+
 class RequestStream:
     """Iterate it for lists of `TokenChunk`: each list is everything that queued up since the last one.
 
@@ -276,8 +282,7 @@ class RequestStream:
                 self._append(choice, self._next[choice], missing, reason, self._records(standing, choice, len(tokens)))
                 self._is_long |= len(missing) > PART_TOKENS
         if standing.has_ended and self.ended is None:
-            usage = Usage(standing.prompt_tokens, standing.completion_tokens, standing.cached_tokens)
-            self.ended = Ended(standing.state, standing.reason, usage, standing.stage, standing.timeline)
+            self.ended = ended_of(standing)
 
     def _records(self, standing: Standing, choice: int, count: int) -> bytes:
         """The records of the tokens that the reader has not got, of `count` in all."""

@@ -147,28 +147,29 @@ class TaskClient:
             raise InvalidRequest(
                 f"it expires after {expires:g} s, before its countdown of {countdown:g} s", param="expires"
             )
+        key, body_digest = _idempotency(request, stage, idempotency_key)
         request_id = await self.pool.admit(
             request,
             stage=stage,
             priority=priority,
             deadline_s=None if expires is None else expires - countdown,
             delay_s=countdown,
-            **_idempotency(request, stage, idempotency_key),
+            idempotency_key=key,
+            body_digest=body_digest,
         )
         return AsyncResult(self.pool, request_id)
 
 
-def _idempotency(request: Request, stage: str, key: str) -> dict[str, str]:
-    """A key stands for one call of one task (or one generation); with other arguments it is a conflict."""
+def _idempotency(request: Request, stage: str, key: str) -> tuple[str, str]:
+    """The key as the queue knows it, and the digest of what it stands for; empty where there is none. It stands for one call of one task
+    (or one generation); with other arguments it is a conflict."""
     if not key:
-        return {}
+        return "", ""
     name = request.task.name if request.task else request.kind
     asked = msgspec.structs.replace(request.input, request_id="")
     body = msgspec.msgpack.encode((request.task, asked))
-    return {
-        "idempotency_key": hashlib.blake2b("\0".join((stage, name, key)).encode(), digest_size=16).hexdigest(),
-        "body_digest": hashlib.blake2b(body, digest_size=16).hexdigest(),
-    }
+    named = hashlib.blake2b("\0".join((stage, name, key)).encode(), digest_size=16).hexdigest()
+    return named, hashlib.blake2b(body, digest_size=16).hexdigest()
 
 
 class TaskCaller:

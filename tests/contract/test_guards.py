@@ -195,6 +195,24 @@ async def test_what_is_not_dead_is_not_dropped(pool: Pool) -> None:
     assert await pool.connection.command("EXISTS", pool.keys.request(request_id)) == 1
 
 
+async def test_what_was_erased_is_not_restored_and_its_key_is_free(pool: Pool) -> None:
+    item = request(3)
+    admission = Admission(item, "decode", "default", API, idempotency_key="k", digest="d")
+    await pool.queue.admit(admission, LIMITS)
+    assert await pool.queue.erase(item.id) == ("kept", "queued")
+    await pool.queue.cancel(item.id, "test")
+    assert await pool.queue.erase(item.id) == ("erased", "cancelled")
+    sent = Log(tokens=[[5, 6]], finished=[None])
+    assert await pool.queue.restore(admission, LIMITS, sent) == Restored("cancelled")
+    found = await pool.queue.attach(item.id, watch=True, with_request=True)
+    assert found is not None
+    assert (found.request, found.log.tokens) == (None, [[]])
+    assert 0 < await pool.connection.command("TTL", pool.keys.request(item.id)) <= LIMITS.result_ttl_s
+    other = request(3)
+    again = Admission(other, "decode", "default", API, idempotency_key="k", digest="other")
+    assert await pool.queue.admit(again, LIMITS) == other.id
+
+
 async def test_an_end_tells_the_worker_that_runs_it_and_the_owner_of_the_blocks(pool: Pool) -> None:
     delivery = await pool.claimed("prefill", "p")
     kv = KVHandle(

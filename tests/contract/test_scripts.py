@@ -248,6 +248,11 @@ async def _dropped(story: Story) -> str:
     return f"kept, it is {state}" if state else "gone"
 
 
+async def _erased(story: Story) -> str:
+    what, state = await story.queue.erase(ID)
+    return f"{what}, it is {state}" if state else what
+
+
 SCRIPTS: dict[str, Callable[[Story], Awaitable[str]]] = {
     "admit": _admitted,
     "admit another": _admitted_beside,
@@ -272,6 +277,7 @@ SCRIPTS: dict[str, Callable[[Story], Awaitable[str]]] = {
     "purge prefill": lambda story: _purged(story, "prefill"),
     "purge decode": lambda story: _purged(story, "decode"),
     "drop": _dropped,
+    "erase": _erased,
     "leave": lambda story: _said(story.queue.leave("decode", OTHER)),
 }
 
