@@ -1,7 +1,7 @@
 # Two commands are enough: `make up` and `make test`. The rest is listed by `make help`.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help up test test-faults test-vllm test-vllm-again test-all chaos check lint types imports bench lock clean
+.PHONY: help up test test-surface test-faults test-vllm test-vllm-again test-all chaos check lint types imports bench lock clean
 MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -19,10 +19,13 @@ help: ## list the targets
 up: $(INSTALLED) ## install what is missing, start everything, stream a sample answer, serve until Ctrl-C
 	@$(BIN)/baton up
 
-test: $(INSTALLED) check ## lint, types, import rules and all tests but the slow ones and those of faults: what CI runs first
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not faults and not vllm"
+test: $(INSTALLED) check ## lint, types, import rules and all tests but the slow ones and those below: what CI runs first
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not faults and not vllm" --ignore tests/surface --ignore tests/clients
 
-test-faults: $(INSTALLED) ## kill, freeze, fail over, lose data, a short chaos run: what CI runs next
+test-surface: $(INSTALLED) ## responses, messages, embeddings, tools, keys, and the clients that people use: what CI runs next
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not faults and not vllm" tests/surface tests/clients
+
+test-faults: $(INSTALLED) ## kill, freeze, fail over, lose data, a short chaos run: what CI runs then
 	@$(BIN)/python -m pytest -m "faults and not slow and not vllm"
 
 test-vllm: $(INSTALLED_VLLM) ## vLLM for CPUs as an engine, and NIXL, in .venv-vllm (3.6 GB, minutes to install): what CI runs last

@@ -32,7 +32,7 @@ def reference() -> Reference:
     return Reference(MODEL)
 
 
-SHORT = pytest.param(24, id="24 prompts")
+SHORT = pytest.param(12, id="12 prompts")
 FULL = pytest.param(200, id="200 prompts", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
 
 

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from pipeline.redis_server import RedisServer
-from tests.e2e.test_embeddings import SETTINGS, TEXTS, ask
+from tests.surface.test_embeddings import SETTINGS, TEXTS, ask
 from tests.serving import serving
 
 
