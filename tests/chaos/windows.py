@@ -202,6 +202,14 @@ async def _bury_and_drop(fleet: Fleet) -> None:
         await fleet.queue.drop(item.id, "0-0")
 
 
+async def _forget(fleet: Fleet) -> None:
+    """A request that has ended and whose client wants nothing of it kept."""
+    item = request(20)
+    await fleet.queue.admit(Admission(item, "decode", "low", "driver", priority="low", delay_s=10), LIMITS)
+    await fleet.queue.cancel(item.id, "chaos")
+    await fleet.queue.erase(item.id)
+
+
 PROVOKERS: dict[str, Provoke] = {
     "attach": _cut_subscriptions,
     "leave": _drain_a_worker,
@@ -214,6 +222,7 @@ PROVOKERS: dict[str, Provoke] = {
     "standing": _ask_how_it_stands,
     "purge": _purge,
     "drop": _bury_and_drop,
+    "erase": _forget,
 }
 
 
