@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 
 from pipeline.redis_server import RedisServer
-from tests.surface.test_embeddings import SETTINGS, TEXTS, ask
 from tests.serving import serving
+from tests.surface.test_embeddings import SETTINGS, TEXTS, ask
 
 
 async def test_where_one_task_is_refused_the_others_are_cancelled(
