@@ -104,26 +104,22 @@ class Answer(Response):
 
     async def _settle(self, feed: Feed) -> None:
         """Leave nothing behind: not the iteration, not a request that nobody wants."""
-        stream, request = feed.stream, asked(feed.stream)
+        stream = feed.stream
         with anyio.CancelScope(shield=True):
             ended = stream.ended
             if ended is None or stream.has_diverged:
                 self._why = self._why or "client disconnected"
                 await leave(self._pool, stream, self._why)
             await feed.close()
-        state = ended.state if ended is not None else "left"
-        seconds = time.monotonic() - self._begin_s
-        if stream.is_creator:
-            self._service.metrics.ended(self._pool.name, request.kind, state, seconds, ended)
-        log.info(
-            "request ended" if stream.is_creator else "reader of a request ended",
-            request_id=request.id,
-            state=state,
-            why=self._why or (ended.reason if ended is not None else ""),
-            prompt_tokens=len(request.input.token_ids),
+        tell_end(
+            self._service,
+            self._pool,
+            stream,
+            ended,
+            self._why,
+            time.monotonic() - self._begin_s,
             completion_tokens=ended.usage.completion_tokens if ended is not None else None,
             first_token_ms=round(self._first_s * 1000, 1),
-            total_ms=round(seconds * 1000, 1),
         )
 
 
@@ -245,6 +241,30 @@ def asked(stream: RequestStream) -> Request:
     """What is answered: the request that a key stands for may be another one than was sent."""
     assert stream.request is not None
     return stream.request
+
+
+def tell_end(
+    service: Service,
+    pool: ServedPool,
+    stream: RequestStream,
+    ended: Ended | None,
+    why: str,
+    seconds: float,
+    **more: object,
+) -> None:
+    """Count and log that the reading of a request is over. `ended`: None where it was left before its end, for `why`."""
+    request, state = asked(stream), ended.state if ended is not None else "left"
+    if stream.is_creator:
+        service.metrics.ended(pool.name, request.kind, state, seconds, ended)
+    log.info(
+        "request ended" if stream.is_creator else "reader of a request ended",
+        request_id=request.id,
+        state=state,
+        why=why or (ended.reason if ended is not None else ""),
+        prompt_tokens=len(request.input.token_ids),
+        total_ms=round(seconds * 1000, 1),
+        **more,
+    )
 
 
 async def leave(pool: ServedPool, stream: RequestStream, why: str) -> None:

@@ -38,8 +38,7 @@ class BatchedAnswer(SeveralAnswer):
         shape = self._service.openai
         choices: list[dict[str, Any]] = []
         for number, stream in enumerate(self._streams):
-            for said in self._collected[number].all():
-                choices.append(shape.choice(asked(stream), len(choices), said))
+            choices += shape.choices(asked(stream), self._collected[number].all(), len(choices))
         usages = [stream.ended.usage for stream in self._streams if stream.ended is not None]
         usage = Usage(
             sum(usage.prompt_tokens for usage in usages),

@@ -126,7 +126,7 @@ def _choices(found: Found, shape: OpenAIShape) -> list[dict[str, Any]]:
     collected, size = Collected(found.pool.preprocessor.tokenizer, request), record_bytes(request.input)
     for choice, (tokens, reason) in enumerate(zip(log.tokens, log.finished, strict=True)):
         collected.push([TokenChunk(choice, 0, tokens, reason, records_between(records[choice], 0, len(tokens), size))])
-    return [shape.choice(request, index, said) for index, said in enumerate(collected.all())]
+    return shape.choices(request, collected.all())
 
 
 def _json(value: Any) -> Response:

@@ -13,17 +13,14 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import anyio
-import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.answers import ClientGone, Opening, has_come, leave
+from api.answers import ClientGone, Opening, has_come, leave, tell_end
 from api.edge import REQUEST_ID
 from api.service import ServedPool, Service
 from pipeline.errors import BatonError, Draining
 from pipeline.stream import RequestStream
-
-log = structlog.get_logger("baton.api")
 
 
 class SeveralAnswer(Response):
@@ -98,21 +95,10 @@ class SeveralAnswer(Response):
 
     async def _settle(self, stream: RequestStream) -> None:
         """Leave nothing behind: not the reading, not a task that nobody wants."""
-        ended, request = stream.ended, stream.request
-        assert request is not None
+        ended = stream.ended
         if ended is None:
             self._why = self._why or "another part of the same answer failed"
             await leave(self._pool, stream, self._why)
         async with stream:
             pass  # forgotten here
-        state, seconds = ended.state if ended is not None else "left", time.monotonic() - self._begin_s
-        if stream.is_creator:
-            self._service.metrics.ended(self._pool.name, request.kind, state, seconds, ended)
-        log.info(
-            "request ended" if stream.is_creator else "reader of a request ended",
-            request_id=request.id,
-            state=state,
-            why=self._why or (ended.reason if ended is not None else ""),
-            prompt_tokens=len(request.input.token_ids),
-            total_ms=round(seconds * 1000, 1),
-        )
+        tell_end(self._service, self._pool, stream, ended, self._why, time.monotonic() - self._begin_s)

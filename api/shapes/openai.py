@@ -73,19 +73,22 @@ class OpenAIShape:
 
     def whole(self, request: Request, said: Sequence[Said], ended: Ended) -> dict[str, Any]:
         """The answer as one object."""
-        choices = [self.choice(request, index, one) for index, one in enumerate(said)]
-        return self.of_choices(request, choices, ended.usage)
+        return self.of_choices(request, self.choices(request, said), ended.usage)
 
     def of_choices(self, request: Request, choices: Sequence[dict[str, Any]], usage: Usage) -> dict[str, Any]:
         """The same of choices that are made already."""
         return {**answer_head(request, request.kind), "choices": choices, "usage": usage_fields(usage)}
 
-    def choice(self, request: Request, index: int, said: Said) -> dict[str, Any]:
-        """One choice of it."""
+    def choices(self, request: Request, said: Sequence[Said], first: int = 0) -> list[dict[str, Any]]:
+        """The choices of it, numbered from `first` on."""
+        tells_tokens = form_of(request).return_token_ids
+        return [self._choice(request, index, one, tells_tokens) for index, one in enumerate(said, start=first)]
+
+    def _choice(self, request: Request, index: int, said: Said, tells_tokens: bool) -> dict[str, Any]:
         fields: dict[str, Any] = (
             {"message": self._message(request, index, said)} if is_parsed(request) else {"text": said.content}
         )
-        if form_of(request).return_token_ids:
+        if tells_tokens:
             fields |= {"token_ids": said.token_ids, "prompt_token_ids": request.input.token_ids}
         if said.logprobs is not None:
             fields["logprobs"] = said.logprobs
