@@ -25,19 +25,25 @@ import uvloop
 from api.app import create_app
 from api.drain import Drain
 from api.key_ring import KeyRing
-from api.pools import open_pool
 from api.rate_limits import RateLimits
 from pipeline import logs, settings_file
 from pipeline.api_keys import is_loopback
+from pipeline.batches.creating import Batches
+from pipeline.batches.jobs import BatchQueue
+from pipeline.batches.records import BatchRecords
 from pipeline.config import ApiSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError
 from pipeline.exits import Exit, PortTaken, exit_for
+from pipeline.files.store import FileStore
 from pipeline.ids import new_process_name
 from pipeline.key_store import KeyStore, read_keys_file
 from pipeline.loras import check_model_names
+from pipeline.pools import open_pool
 from pipeline.processes import die_with_parent
 from pipeline.redis_health import RedisWatch
+from pipeline.scaling.policy import check
+from pipeline.scaling.watch import PoolWatch
 
 LAST_WORDS_S = 3.0  # after the grace: error events are written, requests cancelled
 KEEP_ALIVE_S = 75  # longer than load balancers keep idle connections, so that they close them, not we
@@ -75,6 +81,7 @@ def _is_for_us(record: logging.LogRecord) -> bool:
 async def serve(settings: Settings) -> None:
     """Serve all pools of `settings`. Raises BatonError when the process cannot start."""
     check_model_names(settings.pools)
+    check(settings.autoscale)
     listener = listen(settings.api.host, settings.api.port)
     drain = Drain(settings.api.shutdown_grace_s)
     async with contextlib.AsyncExitStack() as stack:
@@ -88,13 +95,24 @@ async def serve(settings: Settings) -> None:
             pool: await stack.enter_async_context(open_pool(pool, settings, connection, name))
             for pool in settings.pools
         }
-        watch = RedisWatch(connection)
-        for work, task_name in ((watch.run(), "redis health"), (keys.run(), "api keys")):
+        watch, files = RedisWatch(connection), FileStore(settings.files, connection)
+        scaling = {pool: PoolWatch(connection, pool, settings.autoscale) for pool in pools}
+        for work, task_name in (
+            (watch.run(), "redis health"), (keys.run(), "api keys"), (files.run(), "files"),
+            *((one.run(), f"scaling of {pool}") for pool, one in scaling.items()),
+        ):  # fmt: skip
             stack.callback(asyncio.create_task(work, name=task_name).cancel)
-        app = create_app(settings.api, pools, drain, watch, keys, RateLimits(connection))
+        batches = make_batches(settings, connection, files)
+        app = create_app(settings.api, pools, drain, watch, keys, RateLimits(connection), files, batches, scaling)
         log.info("serving", host=settings.api.host, port=listener.getsockname()[1], name=name, pools=list(pools))
         await Server(http_config(app, settings.api), drain).serve(sockets=[listener])
     log.info("left")
+
+
+def make_batches(settings: Settings, connection: Connection, files: FileStore) -> Batches:
+    """Who makes batches. Raises ConfigError for a queue that cannot be."""
+    records = BatchRecords.of(connection, settings.batches)
+    return Batches(settings.batches, records, files, BatchQueue(settings.redis, settings.rq))
 
 
 async def load_keys(settings: ApiSettings, connection: Connection) -> KeyRing:

@@ -8,10 +8,11 @@ from fastapi import Request as HttpRequest
 
 from api.edge import REQUEST_ID
 from api.guard import caller
-from api.service import ServedPool, Service
+from api.service import Service
 from pipeline.api_keys import ADMIN
 from pipeline.errors import RequestNotFound
 from pipeline.ids import bare_id, pool_of
+from pipeline.pools import ServedPool
 from pipeline.protocol import Request
 from pipeline.queue import Standing
 

@@ -22,16 +22,18 @@ from sse_starlette.sse import SendTimeoutError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.collected import Collected
 from api.edge import REQUEST_ID
-from api.errors import error_of_end
 from api.event_stream import EventStream
-from api.feed import Choices, Feed
-from api.service import ServedPool, Service
-from api.transcript import Transcript
+from api.service import Service
 from pipeline.errors import BatonError, RequestFailed
+from pipeline.pools import ServedPool
 from pipeline.protocol import Request
 from pipeline.stream import Ended, RequestStream, TokenChunk
+from pipeline.surface.collected import Collected
+from pipeline.surface.errors import error_of_end
+from pipeline.surface.feed import Choices, Feed
+from pipeline.surface.logprobs import is_long
+from pipeline.surface.transcript import Transcript
 
 LEAVE_LIMIT_S = 5.0  # Redis may be away while a request is left; its deadline ends it then
 
@@ -93,15 +95,6 @@ class Answer(Response):
             if stream.is_creator:
                 self._service.metrics.first_token(self._pool.name, self._first_s)
 
-    def _failure(self, stream: RequestStream, choices: Choices) -> BatonError | None:
-        """Why the answer is not one, after the stream's end."""
-        ended = stream.ended
-        if ended is None:
-            return RequestFailed("the stream of tokens ended without an end of the request")
-        if ended.state == "done" and choices.are_complete:
-            return None
-        return error_of_end(ended)
-
     async def _settle(self, feed: Feed) -> None:
         """Leave nothing behind: not the iteration, not a request that nobody wants."""
         stream = feed.stream
@@ -149,7 +142,7 @@ class StreamedAnswer(Answer):
         first = asyncio.create_task(feed.first_tokens() if self._waits else feed.next())
         try:
             if self._waits and await has_come(first, receive, settings.headers_after_s) and first.result() is None:
-                failure = self._failure(feed.stream, transcript.choices)
+                failure = failure_of(feed.stream, transcript.choices)
                 raise failure or RequestFailed("the request ended without a token")
             response = EventStream(
                 self._write(feed, transcript, first),
@@ -173,6 +166,9 @@ class StreamedAnswer(Answer):
                 opening = b""
             chunks = await first
             self._note_first(feed.stream)
+            if chunks is not None and is_long(asked(feed.stream)):  # its first events tell of a long prompt
+                opening += await asyncio.to_thread(transcript.encode, chunks)
+                chunks = []
             while chunks is not None:
                 data = opening + transcript.encode(chunks)
                 opening = b""
@@ -190,7 +186,7 @@ class StreamedAnswer(Answer):
             yield last
 
     def _end(self, stream: RequestStream, transcript: Transcript) -> bytes:
-        failure = self._failure(stream, transcript.choices)
+        failure = failure_of(stream, transcript.choices)
         if failure is not None:
             self._why = failure.code
             return transcript.error(failure)
@@ -222,15 +218,19 @@ class WholeAnswer(Answer):
     async def _collect(self, feed: Feed) -> bytes:
         request = asked(feed.stream)
         collected = Collected(self._pool.preprocessor.tokenizer, request)
-        ended = await self._read(feed, collected)
-        return msgspec.json.encode(self._service.shapes[request.kind].whole(request, collected.all(), ended))
+        ended, shape = await self._read(feed, collected), self._service.shapes[request.kind]
+
+        def body() -> bytes:
+            return msgspec.json.encode(shape.whole(request, collected.all(), ended))
+
+        return await asyncio.to_thread(body) if is_long(request) else body()
 
     async def _read(self, feed: Feed, reader: Reader) -> Ended:
         """Give the reader all tokens. Raises what the answer failed of."""
         while (chunks := await feed.next()) is not None:
             self._note_first(feed.stream)
             reader.push(chunks)
-        failure = self._failure(feed.stream, reader.choices)
+        failure = failure_of(feed.stream, reader.choices)
         if failure is not None:
             raise failure
         assert feed.stream.ended is not None
@@ -241,6 +241,16 @@ def asked(stream: RequestStream) -> Request:
     """What is answered: the request that a key stands for may be another one than was sent."""
     assert stream.request is not None
     return stream.request
+
+
+def failure_of(stream: RequestStream, choices: Choices) -> BatonError | None:
+    """Why the answer is not one, after the stream's end."""
+    ended = stream.ended
+    if ended is None:
+        return RequestFailed("the stream of tokens ended without an end of the request")
+    if ended.state == "done" and choices.are_complete:
+        return None
+    return error_of_end(ended)
 
 
 def tell_end(

@@ -9,14 +9,14 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from api.anthropic_bodies import SCHEMA_FIELD, count_body, message_body
-from api.anthropic_chats import chat_of
-from api.anthropic_errors import MESSAGES_PATH
-from api.asks import check_served, conversation, form, wanted
 from api.generation import INLINE_BYTES, admitted_body, answer, served_pool
 from api.service import Service
-from pipeline.ids import new_request_id
 from pipeline.protocol import BackendInput
+from pipeline.surface.anthropic_bodies import SCHEMA_FIELD, count_body, message_body
+from pipeline.surface.anthropic_chats import chat_of
+from pipeline.surface.anthropic_errors import MESSAGES_PATH
+from pipeline.surface.asks import conversation, form
+from pipeline.surface.inputs import chat_input
 
 KIND = "message"
 
@@ -33,9 +33,7 @@ def anthropic_routes(service: Service) -> APIRouter:
         chat = chat_of(body)
 
         def prepare(tier: str) -> list[BackendInput]:
-            check_served(chat, pool.engine, SCHEMA_FIELD)
-            wants, shown = wanted(chat), form(chat, tier)
-            return [pool.preprocessor.chat(new_request_id(pool.name), conversation(chat), wants, shown)]
+            return [chat_input(pool, chat, tier, SCHEMA_FIELD)]
 
         return await answer(service, pool, http, chat, KIND, prepare, len(raw))
 

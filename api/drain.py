@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from pipeline.errors import Draining
 
@@ -41,6 +41,18 @@ class Drain:
             yield
         finally:
             self._interrupts.discard(interrupt)
+
+    @contextlib.asynccontextmanager
+    async def within_grace(self) -> AsyncIterator[None]:
+        """What is within this ends when the grace does: raises Draining then."""
+        try:
+            async with asyncio.timeout(None) as limit:
+                with self.interrupting(lambda: limit.reschedule(0)):
+                    yield
+        except TimeoutError as error:
+            if not limit.expired():  # it is of what was done
+                raise
+            raise Draining("this server has shut down: send the request again", retry_after_s=COME_BACK_S) from error
 
     def _end(self) -> None:
         for interrupt in tuple(self._interrupts):

@@ -15,14 +15,18 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.anthropic_errors import ANTHROPIC, MESSAGES_PATH
-from api.errors import OPENAI, Dialect, error_response
+from api.errors import error_response
 from api.metrics import Metrics
 from pipeline.errors import BatonError, InvalidRequest
+from pipeline.labels import FIELD
+from pipeline.surface.anthropic_errors import ANTHROPIC, MESSAGES_PATH
+from pipeline.surface.errors import OPENAI, Dialect
 
 LONGEST_REQUEST_ID = 128
+VERSION = "/v1"  # what paths begin with
 REQUEST_ID = "baton.request_id"  # where the scope holds the id of the request behind the answer
 MORE_HEADERS = "baton.headers"  # where it holds headers that the answer gets, whatever it is
 X_REQUEST_ID = "baton.x_request_id"  # where it holds the label
@@ -57,7 +61,7 @@ class Edge:
                     message["headers"].append((name.encode(), value.encode()))
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(x_request_id=request_id):
+        with structlog.contextvars.bound_contextvars(**{FIELD: request_id}):
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception:
@@ -66,6 +70,12 @@ class Edge:
                 log.exception("request failed inside the server", path=scope["path"])
                 problem = BatonError("internal error; the server's log has the reason under this X-Request-Id")
                 await error_response(problem, dialect, request_id)(scope, receive, send_with_id)
+
+
+def label_of(request: Request) -> str:
+    """The label that a request has: its client's, or the one that was made for it."""
+    label: str = request.scope.get(X_REQUEST_ID, "")
+    return label
 
 
 def dialect_of(path: str) -> Dialect:
@@ -106,7 +116,7 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 def refusal(request: Request, error: BatonError, metrics: Metrics) -> Response:
     """An error as the answer to a request, counted and logged."""
     metrics.refused(error.code)
-    response = error_response(error, dialect_of(request.url.path), request.scope.get(X_REQUEST_ID, ""))
+    response = error_response(error, dialect_of(request.url.path), label_of(request))
     log.info(
         "request refused",
         path=request.url.path,
@@ -121,7 +131,18 @@ def refusal(request: Request, error: BatonError, metrics: Metrics) -> Response:
 def _routing_error(request: Request, error: HTTPException) -> BatonError:
     path = request.url.path[:200]
     if error.status_code == 404:
-        return InvalidRequest(f"there is nothing at {path}", code="not_found")
+        return InvalidRequest(f"there is nothing at {path}{_base_url_hint(request)}", code="not_found")
     if error.status_code == 405:
         return InvalidRequest(f"{request.method} is not allowed at {path}", code="method_not_allowed")
     return InvalidRequest(str(error.detail))
+
+
+def _base_url_hint(request: Request) -> str:
+    """What is told where the path would be right with `/v1` in front, or with one instead of two: then the client's base URL is wrong."""
+    path: str = request.scope["path"]
+    meant = path.removeprefix(VERSION) if path.startswith(f"{VERSION}{VERSION}/") else VERSION + path
+    if all(route.matches({**request.scope, "path": meant})[0] is Match.NONE for route in request.app.routes):
+        return ""
+    return (
+        f", but at {meant[:200]}: the base URL of OpenAI's clients ends with {VERSION}, that of Anthropic's without it"
+    )

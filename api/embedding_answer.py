@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
-import msgspec
-import numpy as np
-
 from api.answers import Opening
-from api.errors import error_of_end
-from api.service import ServedPool, Service
+from api.service import Service
 from api.several import SeveralAnswer
 from pipeline.embeddings import vectors_of
 from pipeline.errors import RequestFailed
+from pipeline.pools import ServedPool
 from pipeline.protocol import Request
 from pipeline.stream import RequestStream
+from pipeline.surface.embedding_answers import embeddings_body
+from pipeline.surface.errors import check_end
 
 INLINE_BYTES = 262_144  # of vectors; more are written in a thread, so that they do not hold up the streams
 
@@ -61,17 +60,7 @@ class EmbeddingAnswer(SeveralAnswer):
 
     def _body_of(self, vectors: list[bytes]) -> Callable[[], bytes]:
         tokens = sum(len(part.request.input.token_ids) for part in self._parts)
-        to_json, encode = as_base64 if self._as_base64 else as_floats, msgspec.json.Encoder().encode
-
-        def write() -> bytes:
-            data = [  # one at a time: the interpreter's lock is held for as long as one call encodes
-                msgspec.Raw(encode({"object": "embedding", "index": index, "embedding": to_json(vector)}))
-                for index, vector in enumerate(vectors)
-            ]
-            usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-            return encode({"object": "list", "data": data, "model": self._pool.name, "usage": usage})
-
-        return write
+        return functools.partial(embeddings_body, self._pool.name, vectors, tokens, as_base64=self._as_base64)
 
 
 async def _ended(stream: RequestStream) -> None:
@@ -81,16 +70,4 @@ async def _ended(stream: RequestStream) -> None:
             pass  # it has no tokens
     if stream.ended is None:
         raise RequestFailed("the task ended without an end of its request")
-    if stream.ended.state != "done":
-        raise error_of_end(stream.ended)
-
-
-def as_floats(vector: bytes) -> list[float]:
-    """The numbers of little-endian float32."""
-    numbers: list[float] = np.frombuffer(vector, dtype="<f4").tolist()
-    return numbers
-
-
-def as_base64(vector: bytes) -> str:
-    """The same bytes, as OpenAI's clients ask for them."""
-    return base64.b64encode(vector).decode()
+    check_end(stream.ended, is_complete=True)

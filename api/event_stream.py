@@ -29,7 +29,7 @@ class EventStream(EventSourceResponse):
         self._sending_since_s = 0.0
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        self._sending_since_s = time.monotonic()
+        self._sending_since_s = self._sending_since_s or time.monotonic()  # a ping does not hide a write that is stuck
         await send(message)
         self._sending_since_s = 0.0
 

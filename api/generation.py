@@ -10,29 +10,24 @@ from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from msgspec.structs import replace
 from starlette.responses import Response
 
 from api.answers import Opening, StreamedAnswer, WholeAnswer
-from api.asks import check_served, conversation, form, has_constraint, wanted
-from api.batched import BatchedAnswer
-from api.bodies import (
-    ChatBody,
-    CompletionBody,
-    chat_body,
-    completion_body,
-    digest,
-    prompts_of,
-)
+from api.batched import BatchedAnswer, BatchedStream
+from api.edge import label_of
 from api.guard import caller, check_model
-from api.headers import Treatment, treatment
+from api.headers import RESUMABLE, Treatment, treatment
 from api.rate_limits import most_tokens
-from api.service import ServedPool, Service
-from api.transcript import transcript_of
-from pipeline.errors import InvalidRequest
-from pipeline.ids import new_request_id
-from pipeline.protocol import BackendInput, Request, RoutingHints
+from api.service import Service
+from pipeline.errors import BodyTimeout, InvalidRequest
+from pipeline.labels import with_label
+from pipeline.pools import ServedPool
+from pipeline.protocol import BackendInput, Request
 from pipeline.routing import TIER_OF_LANE, lane_of
+from pipeline.surface.asks import check_prompt_logprobs, may_have_grammar
+from pipeline.surface.bodies import ChatBody, CompletionBody, chat_body, completion_body, digest
+from pipeline.surface.inputs import inputs_of
+from pipeline.surface.transcript import transcript_of
 
 INLINE_BYTES = (
     16_384  # longer bodies are tokenized in a thread, as grammars are checked, so that they do not hold up the streams
@@ -49,11 +44,7 @@ def generation_routes(service: Service) -> APIRouter:
         body = chat_body(raw)
         pool = served_pool(service, http, body.model)
 
-        def prepare(tier: str) -> list[BackendInput]:
-            check_served(body, pool.engine)
-            wants, shown = wanted(body), form(body, tier)
-            return [pool.preprocessor.chat(new_request_id(pool.name), conversation(body), wants, shown)]
-
+        prepare = functools.partial(inputs_of, pool, body)
         return await answer(service, pool, http, body, "chat.completion", prepare, len(raw))
 
     @router.post("/v1/completions")
@@ -62,14 +53,7 @@ def generation_routes(service: Service) -> APIRouter:
         body = completion_body(raw)
         pool = served_pool(service, http, body.model)
 
-        def prepare(tier: str) -> list[BackendInput]:
-            check_served(body, pool.engine)
-            wants, shown = wanted(body), form(body, tier)
-            return [
-                pool.preprocessor.completion(new_request_id(pool.name), prompt, wants, shown, param=param)
-                for param, prompt in prompts_of(body)
-            ]
-
+        prepare = functools.partial(inputs_of, pool, body)
         return await answer(service, pool, http, body, "text_completion", prepare, len(raw))
 
     return router
@@ -87,22 +71,37 @@ async def answer(
     """A checked body, to be served as its kind is. `prepare`: the input of each prompt, given the service tier that is told."""
     lane = lane_for(http, body.priority, body.service_tier)
     tier = "" if body.service_tier is None else TIER_OF_LANE[lane]  # told only where one was asked for
-    is_light = body_bytes <= INLINE_BYTES and not has_constraint(body)
+    is_light = body_bytes <= INLINE_BYTES and not may_have_grammar(body)
     inputs = prepare(tier) if is_light else await asyncio.to_thread(prepare, tier)
-    if body.model != pool.name:
-        inputs = [under_lora(ready, body.model) for ready in inputs]
+    _check_count(len(inputs), caller(http).max_held)
+    check_prompt_logprobs(body, inputs, service.settings.max_prompt_logprobs)
     if service.rates is not None:
         await service.rates.count_tokens(http, sum(map(most_tokens, inputs)))
     treat = treatment(http.headers, streams=bool(body.stream))
+    if len(inputs) > 1 and body.stream and treat.resumable:
+        raise InvalidRequest(
+            f"the stream of several prompts is one of several requests and cannot be resumed: leave out {RESUMABLE}, or send the prompts "
+            "one by one",
+            param=RESUMABLE,
+        )
     openings = _openings(pool, http, body, kind, lane, treat, inputs)
     if len(openings) > 1:
-        return BatchedAnswer(service, pool, openings)
+        return (BatchedStream if body.stream else BatchedAnswer)(service, pool, openings)
     if not body.stream:
         return WholeAnswer(service, pool, openings[0])
     tokenizer, shape = pool.preprocessor.tokenizer, service.shapes[kind]
     return StreamedAnswer(
         service, pool, openings[0], lambda asked: transcript_of(tokenizer, asked, shape, has_ids=treat.resumable)
     )
+
+
+def _check_count(prompts: int, most: int) -> None:
+    """Raise InvalidRequest for more prompts than the caller may ever have at once. `most`: 0 for no limit."""
+    if 0 < most < prompts:
+        raise InvalidRequest(
+            f"{prompts} prompts are {prompts} requests at once, and the key may have {most}: send fewer at a time",
+            param="prompt",
+        )
 
 
 def _openings(
@@ -123,6 +122,7 @@ def _openings(
             id=ready.request_id, kind=kind, created_s=created_s, input=ready, owner=who.owner, resumable=treat.resumable,
             include_usage=options is not None and bool(options.include_usage),
         )  # fmt: skip
+        request = with_label(request, label_of(http))
         named = idempotency_key(who.owner, f"{kind} {number}" if number else kind, key) if key else ""
         opening = functools.partial(
             pool.client.submit, request, priority=lane, deadline_s=treat.timeout_s, linger_s=treat.linger_s,
@@ -138,11 +138,6 @@ def lane_for(http: HttpRequest, priority: int | None, service_tier: str | None) 
     return caller(http).lane(lane_of(priority, service_tier) if says_lane else None)
 
 
-def under_lora(ready: BackendInput, name: str) -> BackendInput:
-    """The same request for an adapter of the pool's model, which is what the answer says it came from."""
-    return replace(ready, model=name, routing=replace(ready.routing or RoutingHints(), lora_name=name))
-
-
 def idempotency_key(owner: str, kind: str, key: str) -> str:
     """A client's key as the queue knows it: nobody can name the one of another caller or route."""
     return hashlib.blake2b("\0".join((owner, kind, key)).encode(), digest_size=16).hexdigest()
@@ -151,12 +146,12 @@ def idempotency_key(owner: str, kind: str, key: str) -> str:
 async def admitted_body(service: Service, http: HttpRequest) -> bytes:
     """The body of a request that the caller may send now; nothing is read of one that comes too soon.
 
-    Raises Draining, RateLimited, RedisUnavailable, InvalidRequest.
+    Raises Draining, RateLimited, RedisUnavailable, BodyTimeout, InvalidRequest.
     """
     service.drain.check()
     if service.rates is not None:
         await service.rates.count_request(http)
-    return await read_body(http, service.settings.body_limit_bytes)
+    return await read_body(http, service.settings.body_limit_bytes, service.settings.body_timeout_s)
 
 
 def served_pool(service: Service, http: HttpRequest, model: str) -> ServedPool:
@@ -165,10 +160,10 @@ def served_pool(service: Service, http: HttpRequest, model: str) -> ServedPool:
     return service.pool(model)
 
 
-async def read_body(http: HttpRequest, limit_bytes: int) -> bytes:
+async def read_body(http: HttpRequest, limit_bytes: int, limit_s: float) -> bytes:
     """The body, if it is JSON by its headers and not too large; a declared length is believed before anything is read.
 
-    Raises InvalidRequest (unsupported_media_type, body_too_large).
+    Raises InvalidRequest (unsupported_media_type, body_too_large), BodyTimeout.
     """
     kind = http.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json":
@@ -180,11 +175,15 @@ async def read_body(http: HttpRequest, limit_bytes: int) -> bytes:
         raise _too_large(limit_bytes)
     parts: list[bytes] = []
     size = 0
-    async for part in http.stream():
-        size += len(part)
-        if size > limit_bytes:
-            raise _too_large(limit_bytes)
-        parts.append(part)
+    try:
+        async with asyncio.timeout(limit_s):
+            async for part in http.stream():
+                size += len(part)
+                if size > limit_bytes:
+                    raise _too_large(limit_bytes)
+                parts.append(part)
+    except TimeoutError as error:
+        raise BodyTimeout(f"of the body {size} bytes came in {limit_s:g} s, and it is not whole") from error
     return b"".join(parts)
 
 

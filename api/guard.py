@@ -21,7 +21,8 @@ from pipeline.api_keys import ApiKey, lane_for
 from pipeline.errors import BatonError, NotAllowed
 
 CALLER = "baton.caller"  # where the scope holds the caller
-OPEN_PATHS = frozenset(("/live", "/ready", "/health", "/version"))
+OPENAPI_PATH = "/openapi.json"
+OPEN_PATHS = frozenset(("/live", "/ready", "/health", "/version", OPENAPI_PATH))
 METRICS_PATH = "/metrics"
 
 

@@ -9,6 +9,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from pipeline.protocol import Timeline
+from pipeline.queue import STAGES as SCALED
+from pipeline.scaling.figures import known
+from pipeline.scaling.watch import Look
 from pipeline.snapshot import PoolSnapshot
 from pipeline.stream import Ended
 
@@ -22,6 +25,18 @@ STAGES = (
     ("transfer", "claimed_decode", "fetched"),
     ("decode", "claimed_decode", "ended"),
 )
+
+# Names, texts and labels of what a look at a pool says beyond its counters.
+OF_SCALING = {
+    "running": ("baton_running", "What runs: prompts in prefill, choices in decode", []),
+    "blocks_used": ("baton_blocks_used", "Blocks in use, of the workers that claim", []),
+    "blocks_total": ("baton_blocks", "Blocks of the workers that claim", []),
+    "served_per_s": ("baton_served_tasks_per_second", "Tasks handed out", []),
+    "predicted_wait_s": ("baton_predicted_wait_seconds", "How long a task that comes now waits", []),
+    "oldest_s": ("baton_oldest_waiting_seconds", "Age of the task that waits longest", ["lane"]),
+    "arrivals_per_s": ("baton_arrivals_per_second", "Requests that begin in the stage", ["lane"]),
+    "prompt_tokens_per_s": ("baton_arriving_prompt_tokens_per_second", "Prompt tokens of these", ["lane"]),
+}
 
 KV_LOST_REASONS = ("gone", "generation", "layout", "digest")
 
@@ -80,9 +95,9 @@ class Metrics:
             for stage, seconds_there in stage_seconds(ended.timeline):
                 self._stages.labels(pool, stage).observe(seconds_there)
 
-    def render(self, snapshots: Mapping[str, PoolSnapshot]) -> bytes:
+    def render(self, snapshots: Mapping[str, PoolSnapshot], looks: Mapping[str, Look]) -> bytes:
         """Everything as Prometheus reads it."""
-        self._pools.snapshots = snapshots
+        self._pools.snapshots, self._pools.looks = snapshots, looks
         return generate_latest(self.registry)
 
 
@@ -101,6 +116,7 @@ class _Pools(Collector):
 
     def __init__(self) -> None:
         self.snapshots: Mapping[str, PoolSnapshot] = {}
+        self.looks: Mapping[str, Look] = {}
 
     def collect(self) -> Iterable[Metric]:
         workers = GaugeMetricFamily("baton_workers", "Living processes", labels=["pool", "role"])
@@ -115,6 +131,24 @@ class _Pools(Collector):
         yield self._recomputed()
         yield self._totals("baton_admitted_requests", "Requests admitted", "admitted", [])
         yield self._totals("baton_handovers", "Prefills handed to decode", "handovers", [])
+        yield from self._of_scaling()
+
+    def _of_scaling(self) -> Iterator[Metric]:
+        """What workers are asked for by, and how many; what is not known is not there."""
+        desired = GaugeMetricFamily("baton_desired_workers", "Workers that there should be", labels=["pool", "stage"])
+        families = {
+            name: GaugeMetricFamily(metric, text, labels=["pool", "stage", *labels])
+            for name, (metric, text, labels) in OF_SCALING.items()
+        }
+        for pool, look in self.looks.items():
+            for stage in SCALED:
+                if (count := look.decision.stage(stage).desired) is not None:
+                    desired.add_metric([pool, stage], count)
+            for stage, lane, name, value in known(look.signals):
+                if name in families:
+                    families[name].add_metric([pool, stage, lane] if lane else [pool, stage], value)
+        yield desired
+        yield from families.values()
 
     def _recomputed(self) -> Metric:
         """With a zero for each reason: it is a statement that nothing was recomputed."""

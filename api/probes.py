@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -13,27 +12,28 @@ from starlette.responses import Response
 
 import pipeline
 from api.guard import caller, check_model
-from api.service import ServedPool, Service
+from api.json_answers import json_answer
+from api.queries import READ
+from api.service import Service
+from pipeline.pools import ServedPool
 from pipeline.snapshot import PoolSnapshot
 from pipeline.wording import counted
-
-PROBE = ["GET", "HEAD"]
 
 
 def model_routes(service: Service) -> APIRouter:
     """The configured pools and their adapters as models, listed whether or not workers live: else nothing arrives that could wake them."""
     router = APIRouter()
 
-    @router.get("/v1/models")
+    @router.api_route("/v1/models", methods=READ)
     async def models(http: HttpRequest) -> Response:
         served = ((pool, name) for pool in service.pools.values() for name in (pool.name, *pool.loras))
         may_use = caller(http).may_use
-        return _json({"object": "list", "data": [_model(pool, name) for pool, name in served if may_use(name)]})
+        return json_answer({"object": "list", "data": [_model(pool, name) for pool, name in served if may_use(name)]})
 
-    @router.get("/v1/models/{model:path}")
+    @router.api_route("/v1/models/{model:path}", methods=READ)
     async def model(http: HttpRequest, model: str) -> Response:
         check_model(http, model)
-        return _json(_model(service.pool(model), model))
+        return json_answer(_model(service.pool(model), model))
 
     return router
 
@@ -42,20 +42,24 @@ def probe_routes(service: Service) -> APIRouter:
     """What operators and schedulers ask."""
     router = APIRouter()
 
-    @router.api_route("/live", methods=PROBE)
+    @router.api_route("/live", methods=READ)
     async def live() -> Response:
         """200 while this process runs."""
-        return _json({"status": "ok"})
+        return json_answer({"status": "ok"})
 
-    @router.api_route("/ready", methods=PROBE)
+    @router.api_route("/ready", methods=READ)
     async def ready() -> Response:
         """200 while requests may be sent here: Redis answers and this process is not leaving. Workers do not matter."""
         if service.drain.has_begun:
-            return _json({"status": "draining"}, 503)
+            return json_answer({"status": "draining"}, 503)
         silent = [name for name, pool in service.pools.items() if pool.client.redis_error]
-        return _json({"status": "redis unavailable", "pools": silent}, 503) if silent else _json({"status": "ok"})
+        return (
+            json_answer({"status": "redis unavailable", "pools": silent}, 503)
+            if silent
+            else json_answer({"status": "ok"})
+        )
 
-    @router.api_route("/health", methods=PROBE)
+    @router.api_route("/health", methods=READ)
     async def health() -> Response:
         """Everything that is wrong; 503 when a request sent now could not be answered."""
         pools = {
@@ -65,16 +69,17 @@ def probe_routes(service: Service) -> APIRouter:
         is_draining = service.drain.has_begun
         is_ok = not is_draining and all(state["status"] != "unavailable" for state in pools.values())
         status = "draining" if is_draining else worst([state["status"] for state in pools.values()])
-        return _json({"status": status, "version": pipeline.__version__, "pools": pools}, 200 if is_ok else 503)
+        return json_answer({"status": status, "version": pipeline.__version__, "pools": pools}, 200 if is_ok else 503)
 
-    @router.get("/version")
+    @router.api_route("/version", methods=READ)
     async def version() -> Response:
-        return _json({"version": pipeline.__version__})
+        return json_answer({"version": pipeline.__version__})
 
-    @router.get("/metrics")
+    @router.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
         snapshots = {name: await pool.client.snapshot() for name, pool in service.pools.items()}
-        return Response(service.metrics.render(snapshots), headers={"content-type": CONTENT_TYPE_LATEST})
+        looks = {name: watch.last for name, watch in service.scaling.items() if watch.last is not None}
+        return Response(service.metrics.render(snapshots, looks), headers={"content-type": CONTENT_TYPE_LATEST})
 
     return router
 
@@ -139,7 +144,3 @@ def _model(pool: ServedPool, name: str) -> dict[str, Any]:
         "max_model_len": pool.preprocessor.max_model_len,
         **({} if name == pool.name else {"parent": pool.name}),
     }
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")

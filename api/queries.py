@@ -1,4 +1,4 @@
-"""Values in the query of a URL. What one cannot mean is a 400 that names it."""
+"""What routes that read have in common: their methods, and values in the query of a URL. What one cannot mean is a 400 that names it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.errors import InvalidRequest
 
+READ = ["GET", "HEAD"]
 LARGEST = 2**53 - 1
 
 

@@ -6,25 +6,26 @@ import asyncio
 import functools
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from api.access import Found, caller_of, find_request, may_access
 from api.answers import StreamedAnswer
-from api.collected import Collected
-from api.event_ids import LAST_EVENT_ID, Place, read_event_id
+from api.json_answers import json_answer
+from api.queries import READ
 from api.service import Service
-from api.shape import Shape
-from api.shapes.openai import OpenAIShape, usage_fields
-from api.transcript import NumberedTranscript, transcript_of
 from pipeline.errors import InvalidRequest, RequestNotFound
-from pipeline.logprobs import record_bytes, records_between
+from pipeline.logprobs import prompt_record_bytes, record_bytes, records_between
 from pipeline.protocol import Timeline
 from pipeline.stream import TokenChunk, Usage
+from pipeline.surface.collected import Collected
+from pipeline.surface.event_ids import LAST_EVENT_ID, Place, read_event_id
+from pipeline.surface.logprobs import is_long
+from pipeline.surface.shape import Shape
+from pipeline.surface.shapes.openai import OpenAIShape, usage_fields
+from pipeline.surface.transcript import NumberedTranscript, transcript_of
 
-READ = ["GET", "HEAD"]
 READABLE = ("chat.completion", "text_completion", "message")  # kinds whose streams are read here
 INLINE_TOKENS = 16_384  # more are made text again in a thread, so that they do not hold up the streams
 
@@ -60,9 +61,9 @@ def request_routes(service: Service) -> APIRouter:
     async def show(http: HttpRequest, request_id: str) -> Response:
         """Where a request stands, and its text so far."""
         found = await find_request(service, http, request_id)
-        inline = sum(map(len, found.standing.log.tokens)) <= INLINE_TOKENS
-        make = functools.partial(_record, found, service.openai)
-        return _json(make() if inline else await asyncio.to_thread(make))
+        inline = sum(map(len, found.standing.log.tokens)) <= INLINE_TOKENS and not is_long(found.request)
+        make = functools.partial(_record, found, service.openai, await _prompt_logprobs(found))
+        return json_answer(make() if inline else await asyncio.to_thread(make))
 
     @router.post("/v1/requests/{request_id}/cancel")
     async def cancel(http: HttpRequest, request_id: str) -> Response:
@@ -72,7 +73,7 @@ def request_routes(service: Service) -> APIRouter:
         state, reason = await found.pool.client.queue.cancel(found.request.id, f"cancelled by {who}")
         if state == "gone":
             raise RequestNotFound(found.request.id)
-        return _json({"id": found.request.id, "object": "request", "state": state, "reason": reason})
+        return json_answer({"id": found.request.id, "object": "request", "state": state, "reason": reason})
 
     return router
 
@@ -96,7 +97,15 @@ def _replay(service: Service, found: Found, shape: Shape, given: str | None) -> 
     return StreamedAnswer(service, found.pool, opening, lambda _: transcript_of(tokenizer, request, shape))
 
 
-def _record(found: Found, shape: OpenAIShape) -> dict[str, Any]:
+async def _prompt_logprobs(found: Found) -> bytes | None:
+    """The records of its prompt, where they are asked for and are there: with the first token, or the end."""
+    standing = found.standing
+    if not prompt_record_bytes(found.request.input) or not (any(standing.log.tokens) or standing.has_ended):
+        return None
+    return await found.pool.client.queue.prompt_logprobs(found.request.id)
+
+
+def _record(found: Found, shape: OpenAIShape, prompt_logprobs: bytes | None) -> dict[str, Any]:
     """A request as `/v1/requests/{id}` shows it."""
     request, standing = found.request, found.standing
     completion = standing.completion_tokens if standing.has_ended else sum(map(len, standing.log.tokens))
@@ -114,20 +123,18 @@ def _record(found: Found, shape: OpenAIShape) -> dict[str, Any]:
         "resumable": request.resumable,
         "timeline": {name: getattr(standing.timeline, name) or None for name in Timeline.__struct_fields__},
         "usage": usage_fields(Usage(standing.prompt_tokens, completion, standing.cached_tokens)),
-        "choices": _choices(found, shape),
+        **_answer(found, shape, prompt_logprobs),
     }
 
 
-def _choices(found: Found, shape: OpenAIShape) -> list[dict[str, Any]]:
+def _answer(found: Found, shape: OpenAIShape, prompt_logprobs: bytes | None) -> dict[str, Any]:
     """Each choice with what it says so far: what is certain, and all of it where the choice has ended."""
     if found.request.task is not None:  # it makes no text
-        return []
+        return {"choices": []}
     request, log, records = found.request, found.standing.log, found.standing.logprobs
     collected, size = Collected(found.pool.preprocessor.tokenizer, request), record_bytes(request.input)
     for choice, (tokens, reason) in enumerate(zip(log.tokens, log.finished, strict=True)):
-        collected.push([TokenChunk(choice, 0, tokens, reason, records_between(records[choice], 0, len(tokens), size))])
-    return shape.choices(request, collected.all())
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+        own = records_between(records[choice], 0, len(tokens), size)
+        collected.push([TokenChunk(choice, 0, tokens, reason, own, prompt_logprobs)])
+    said = collected.all()
+    return {"choices": shape.choices(request, said), **shape.of_prompt(request, said)}

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import structlog
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
@@ -16,26 +15,29 @@ from starlette.responses import Response
 
 from api.access import Found, find_request
 from api.answers import StreamedAnswer
-from api.asks import check_served
-from api.bodies import digest
-from api.edge import REQUEST_ID
-from api.generation import INLINE_BYTES, admitted_body, idempotency_key, lane_for, served_pool, under_lora
+from api.edge import REQUEST_ID, label_of
+from api.generation import INLINE_BYTES, admitted_body, idempotency_key, lane_for, served_pool
 from api.guard import caller
 from api.headers import Treatment, treatment
-from api.input_items import calls_in, kept_items, read_items
-from api.queries import flag, number, word
+from api.json_answers import json_answer, page_of
+from api.queries import READ, flag, number, word
 from api.rate_limits import most_tokens
-from api.requests import INLINE_TOKENS, READ
-from api.response_reading import ResponseTranscript, WholeResponse, response_of
-from api.responses_asks import as_chat, in_own_words, may_have_grammar, prepared
-from api.responses_bodies import ResponseBody, response_body
-from api.service import ServedPool, Service
-from api.shapes.response_items import INCOMPLETE
-from api.shapes.responses import ALL, ResponseEvents, ResponseShape, response_id
+from api.requests import INLINE_TOKENS
+from api.response_reading import WholeResponse, response_of
+from api.service import Service
 from pipeline.answer_form import form_of
 from pipeline.errors import InvalidRequest, RequestNotFound
 from pipeline.ids import new_request_id
-from pipeline.protocol import BackendInput, Request
+from pipeline.labels import with_label
+from pipeline.pools import ServedPool
+from pipeline.protocol import Request
+from pipeline.surface.bodies import digest
+from pipeline.surface.inputs import response_input
+from pipeline.surface.response_transcript import ResponseTranscript
+from pipeline.surface.responses_asks import may_have_grammar
+from pipeline.surface.responses_bodies import ResponseBody, response_body
+from pipeline.surface.shapes.response_items import INCOMPLETE
+from pipeline.surface.shapes.responses import ALL, ResponseEvents, ResponseShape, response_id
 
 KIND = "response"
 MOST_LISTED, LISTED = 100, 20
@@ -56,7 +58,7 @@ def response_routes(service: Service) -> APIRouter:
         lane = lane_for(http, body.priority, body.service_tier)
         before = await _conversation_before(service, http, body.previous_response_id)
         request_id = new_request_id(pool.name)
-        prepare = functools.partial(_prepare, pool, request_id, body, before, lane)
+        prepare = functools.partial(response_input, pool, request_id, body, before, lane)
         is_light = len(raw) <= INLINE_BYTES and not before and not may_have_grammar(body)
         ready = prepare() if is_light else await asyncio.to_thread(prepare)
         if service.rates is not None:
@@ -70,6 +72,7 @@ def response_routes(service: Service) -> APIRouter:
             resumable=treat.resumable or bool(body.background),
             owner=caller(http).owner,
         )
+        request = with_label(request, label_of(http))
         if body.background and not body.stream:
             return await _in_background(service, pool, http, body, request, treat, lane)
         return _answer(service, pool, http, body, request, treat, lane)
@@ -81,7 +84,7 @@ def response_routes(service: Service) -> APIRouter:
         if not flag(http.query_params, "stream"):
             if "starting_after" in http.query_params:
                 raise InvalidRequest("starting_after is only allowed when stream is true", param="starting_after")
-            return _json(await _shown(found))
+            return json_answer(await _shown(found))
         service.drain.check()
         after = number(http.query_params, "starting_after", -1, least=0)
         if http.method == "HEAD":
@@ -98,7 +101,7 @@ def response_routes(service: Service) -> APIRouter:
         query = http.query_params
         newest_first = word(query, "order", ("desc", "asc")) == "desc"
         limit = number(query, "limit", LISTED, least=1, most=MOST_LISTED)
-        return _json(page(form_of(found.request).body["input"], newest_first, query.get("after"), limit))
+        return json_answer(page(form_of(found.request).body["input"], newest_first, query.get("after"), limit))
 
     @router.post("/v1/responses/{response_id}/cancel")
     async def cancel(http: HttpRequest, response_id: str) -> Response:
@@ -110,7 +113,7 @@ def response_routes(service: Service) -> APIRouter:
                 param="id",
             )
         await found.pool.client.queue.cancel(found.request.id, "cancelled by its client")
-        return _json(await _shown(await find_response(service, http, response_id)))
+        return json_answer(await _shown(await find_response(service, http, response_id)))
 
     @router.delete("/v1/responses/{response_id}")
     async def delete(http: HttpRequest, response_id: str) -> Response:
@@ -119,7 +122,7 @@ def response_routes(service: Service) -> APIRouter:
         queue, request_id = found.pool.client.queue, found.request.id
         await queue.cancel(request_id, "deleted by its client")
         await queue.erase(request_id)
-        return _json({"id": answer_id(found), "object": "response", "deleted": True})
+        return json_answer({"id": answer_id(found), "object": "response", "deleted": True})
 
     return router
 
@@ -145,28 +148,7 @@ def page(items: Sequence[dict[str, Any]], newest_first: bool, after: str | None,
         if not places:
             raise InvalidRequest(f"after: there is no item {after[:100]!r}", param="after")
         ordered = ordered[places[0] + 1 :]
-    data = ordered[:limit]
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else "",
-        "last_id": data[-1]["id"] if data else "",
-        "has_more": len(ordered) > limit,
-    }
-
-
-def _prepare(
-    pool: ServedPool, request_id: str, body: ResponseBody, before: list[dict[str, Any]], lane: str
-) -> BackendInput:
-    """The engine's input of a body and the conversation before it."""
-    earlier = read_items(before)
-    assert body.input is not None  # `response_body` saw to it
-    new = read_items(body.input, calls_in(earlier))
-    chat = as_chat(body, [*earlier, *new])
-    with in_own_words():
-        check_served(chat, pool.engine)
-    ready = prepared(pool.preprocessor, request_id, body, chat, [*before, *kept_items(new, request_id)], lane)
-    return ready if body.model == pool.name else under_lora(ready, body.model)
+    return page_of(ordered[:limit], len(ordered) > limit)
 
 
 async def _conversation_before(service: Service, http: HttpRequest, previous_id: str | None) -> list[dict[str, Any]]:
@@ -250,8 +232,8 @@ async def _in_background(
     http.scope[REQUEST_ID] = admitted
     log.info("request goes on in the background", request_id=admitted, prompt_tokens=len(request.input.token_ids))
     if admitted != request.id:  # its idempotency key stands for an earlier one
-        return _json(await _shown(await find_response(service, http, admitted)))
-    return _json(ResponseEvents(request, ALL).response(None))
+        return json_answer(await _shown(await find_response(service, http, admitted)))
+    return json_answer(ResponseEvents(request, ALL).response(None))
 
 
 def _keyed(body: ResponseBody, request: Request, treat: Treatment) -> tuple[str, str]:
@@ -259,7 +241,3 @@ def _keyed(body: ResponseBody, request: Request, treat: Treatment) -> tuple[str,
     if not treat.idempotency_key:
         return "", ""
     return idempotency_key(request.owner, request.kind, treat.idempotency_key), digest(body)
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -9,28 +9,16 @@ from collections.abc import Mapping
 from api.drain import Drain
 from api.metrics import Metrics
 from api.rate_limits import RateLimits
-from api.shape import Shape
-from api.shapes.anthropic import AnthropicShape
-from api.shapes.openai import OpenAIShape
-from pipeline.client import PoolClient
+from pipeline.batches.creating import Batches
 from pipeline.config import ApiSettings
-from pipeline.embeddings import Offer
-from pipeline.errors import ModelNotFound
-from pipeline.preprocess import Preprocessor
+from pipeline.errors import StorageUnavailable
+from pipeline.files.store import FileStore
+from pipeline.pools import ServedPool, pool_of
 from pipeline.redis_health import RedisWatch
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ServedPool:
-    """One pool as this process serves it; its name is the model's id."""
-
-    name: str
-    preprocessor: Preprocessor
-    client: PoolClient
-    created_s: int
-    engine: str = "torch"  # what its workers run: not every engine serves everything
-    embeddings: Offer | None = None  # what it gives at /v1/embeddings; None: nothing
-    loras: tuple[str, ...] = ()  # adapters of its model, each a model of its own to clients
+from pipeline.scaling.watch import PoolWatch
+from pipeline.surface.shape import Shape
+from pipeline.surface.shapes.anthropic import AnthropicShape
+from pipeline.surface.shapes.openai import OpenAIShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +31,23 @@ class Service:
     metrics: Metrics
     redis: RedisWatch | None = None  # None where nobody looks
     rates: RateLimits | None = None  # None where nobody has a key
+    files: FileStore | None = None
+    batches: Batches | None = None
+    scaling: Mapping[str, PoolWatch] = dataclasses.field(default_factory=dict)
+
+    @property
+    def file_store(self) -> FileStore:
+        """Where files are. Raises StorageUnavailable where there is no store."""
+        if self.files is None:
+            raise StorageUnavailable("this server has no store of files")
+        return self.files
+
+    @property
+    def all_batches(self) -> Batches:
+        """Where batches are made. Raises StorageUnavailable where there is no store of files."""
+        if self.batches is None:
+            raise StorageUnavailable("this server has no store of files, which batches read")
+        return self.batches
 
     @functools.cached_property
     def openai(self) -> OpenAIShape:
@@ -60,7 +65,4 @@ class Service:
 
     def pool(self, model: str) -> ServedPool:
         """The pool that serves a model id: its own name, or that of an adapter. Raises ModelNotFound."""
-        pool = self.pools.get(model) or next((pool for pool in self.pools.values() if model in pool.loras), None)
-        if pool is None:
-            raise ModelNotFound(f"model {model[:100]!r} does not exist; see /v1/models", param="model")
-        return pool
+        return pool_of(self.pools, model)

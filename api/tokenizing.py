@@ -12,9 +12,13 @@ from fastapi import Request as HttpRequest
 from msgspec import Meta
 from starlette.responses import Response
 
-from api.bodies import decoded, unsupported
 from api.generation import INLINE_BYTES, admitted_body, served_pool
-from api.messages import (
+from api.service import Service
+from pipeline.errors import InvalidRequest
+from pipeline.pools import ServedPool
+from pipeline.surface.bodies import decoded
+from pipeline.surface.fields import CLIENTS_TEMPLATE, Off, On, TemplateVariables, refuse_unsupported
+from pipeline.surface.messages import (
     ChatMessage,
     Tool,
     check_continuation,
@@ -23,8 +27,6 @@ from api.messages import (
     template_messages,
     template_tools,
 )
-from api.service import ServedPool, Service
-from pipeline.errors import InvalidRequest
 from pipeline.tokenizer import Conversation, NoTokenizer, Tokenizer
 
 
@@ -36,13 +38,13 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    continue_final_message: bool | None = None
+    add_generation_prompt: On | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    continue_final_message: Off | None = None
     tools: list[Tool] | None = None
-    return_token_strs: bool | None = None
+    return_token_strs: Off | None = None
 
-    chat_template: Any = None
+    chat_template: Annotated[Any, CLIENTS_TEMPLATE] = None
 
 
 class DetokenizeBody(msgspec.Struct, kw_only=True):
@@ -85,8 +87,7 @@ def tokenize_body(raw: bytes) -> TokenizeBody:
     body: TokenizeBody = decoded(_tokenize_decoder, raw)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("either prompt or messages is needed, and not both", param="prompt")
-    if body.chat_template is not None:
-        raise unsupported("chat_template")
+    refuse_unsupported(body)
     for name in _OF_MESSAGES if body.messages is None else ():
         if getattr(body, name):
             raise InvalidRequest(f"{name} is only allowed with messages", param=name)

@@ -32,12 +32,10 @@ from starlette.routing import Route
 
 from api.__main__ import http_config, listen
 from api.app import create_app
-from api.feed import Piece
-from api.service import ServedPool
-from api.shapes.openai import OpenAIEvents
 from benchmarks.table import Row, print_rows
 from pipeline.config import ApiSettings, LogSettings
 from pipeline.logs import configure
+from pipeline.pools import ServedPool
 from pipeline.preprocess import Preprocessor
 from pipeline.protocol import (
     BackendInput,
@@ -51,6 +49,8 @@ from pipeline.protocol import (
 )
 from pipeline.snapshot import PoolSnapshot
 from pipeline.stream import RequestStream
+from pipeline.surface.feed import Piece
+from pipeline.surface.shapes.openai import OpenAIEvents
 from tests import texts
 
 STREAMS = 128
@@ -157,7 +157,7 @@ class SourceClient:
 def baton_app(clock: Clock, tokens: int) -> tuple[Any, Callable[[int], None]]:
     client = SourceClient(clock, tokens)
     preprocessor = Preprocessor(
-        texts.tokenizer("byte_level"), model=POOL, max_model_len=1_000_000, default_max_tokens=tokens
+        texts.tokenizer("byte_level"), model=POOL, max_model_len=1_000_000, default_max_tokens=tokens, max_choices=1
     )
     app = create_app(SETTINGS, {POOL: ServedPool(POOL, preprocessor, client, 0)})  # type: ignore[arg-type]
     app.add_route("/stats", clock.stats)
@@ -169,7 +169,7 @@ def bare_app(clock: Clock, tokens: int, *, is_paced: bool) -> tuple[Any, Callabl
         request_id="x", model=POOL, token_ids=[1], stop_conditions=StopConditions(), sampling_options=SamplingOptions()
     )
     request = Request(id="bench-" + "x" * 22, kind="chat.completion", created_s=0, input=body)
-    event = OpenAIEvents(request, "reasoning_content").piece(Piece(0, " quick", (), None), None, 1)
+    event = OpenAIEvents(request, "reasoning_content", (), request, 0).piece(Piece(0, " quick", (), None), None, 1)
     loop = asyncio.get_event_loop()
     waiters: list[asyncio.Future[None]] = []
     come = 0

@@ -5,6 +5,8 @@ applied, with the built-in model's vocabulary and with one of 128,000 made of pa
 Decoding: the torch engine on the built-in model at batch 16, one thread, in turn with the same requests without.
 
     python -m benchmarks.bench_sampling
+
+On a CUDA device, if there is one, the masks alone: from the first look at the matchers until the logits are masked there.
 """
 
 from __future__ import annotations
@@ -66,14 +68,17 @@ def run() -> list[dict[str, Any]]:
     """All rows."""
     torch.set_num_threads(1)
     builtin = Tokenizer.load(BUILTIN_MODEL)
-    rows = mask_rows("2,048 tokens", builtin, builtin.vocab_size)
-    rows += mask_rows("128,000 tokens", enlarged(builtin, LARGE), LARGE)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = mask_rows("2,048 tokens", builtin, builtin.vocab_size, device)
+    rows += mask_rows("128,000 tokens", enlarged(builtin, LARGE), LARGE, device)
+    if device == "cuda":
+        return [row.as_dict() for row in rows]
     with tempfile.TemporaryDirectory(prefix="baton-") as folder:
         rows += asyncio.run(decode_rows(Path(folder), builtin.vocab_size))
     return [row.as_dict() for row in rows]
 
 
-def mask_rows(name: str, tokenizer: Tokenizer, vocab_size: int) -> list[Row]:
+def mask_rows(name: str, tokenizer: Tokenizer, vocab_size: int, device: str) -> list[Row]:
     """Milliseconds a step of 16 choices; they draw at random, and begin anew when their answer has ended."""
     asked = BackendInput(
         request_id="bench",
@@ -85,17 +90,19 @@ def mask_rows(name: str, tokenizer: Tokenizer, vocab_size: int) -> list[Row]:
     grammars = Grammars(tokenizer, vocab_size)
     constraints: dict[int, GrammarConstraint] = {}
     outputs: list[list[int]] = [[] for _ in range(BATCH)]
-    logits = torch.randn(BATCH, vocab_size)
+    logits = torch.randn(BATCH, vocab_size, device=device)
     times_ms = []
     for _ in range(STEPS):
         for row in set(range(BATCH)) - constraints.keys():
             constraints |= grammars.constrain(asked, {row: []})
             outputs[row] = []
         masked = logits.clone()
+        settle(device)
         start = perf_counter()
         for row, constraint in constraints.items():
             constraint.follow(outputs[row])
         failures = mask(masked, sorted(constraints.items()))
+        settle(device)
         times_ms.append((perf_counter() - start) * 1000)
         assert not failures
         for row, token in enumerate(torch.multinomial(masked.softmax(dim=-1), 1)[:, 0].tolist()):
@@ -106,6 +113,12 @@ def mask_rows(name: str, tokenizer: Tokenizer, vocab_size: int) -> list[Row]:
         Row(f"mask a step, batch 16, {name}, p50", statistics.median(times_ms), "ms", LIMIT_MS),
         Row(f"mask a step, batch 16, {name}, p99", quantile(times_ms, 0.99), "ms", LIMIT_MS),
     ]
+
+
+def settle(device: str) -> None:
+    """Wait for what the device was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def enlarged(tokenizer: Tokenizer, size: int) -> Tokenizer:

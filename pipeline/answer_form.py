@@ -20,12 +20,14 @@ AUTO, NONE, REQUIRED, NAMED = "auto", "none", "required", "named"
 class AnswerForm(Wire, frozen=True, kw_only=True):
     """`tools` are functions as OpenAI's chats define them; empty where the answer may call none, one where `tool_choice` is `named`.
     `keeps`: so many of the choices are told, the likeliest; 0: all. `hides_logprobs`: they are known for that alone. `echoes`: the prompt
-    stands in front of each text. `body`: what the shape of this kind of answer repeats of the request's body."""
+    stands in front of each text, and its log probabilities in front of the answer's. `prompt_logprobs`: they are told as a field, with so
+    many of the likeliest. `body`: what the shape of this kind of answer repeats of the request's body."""
 
     service_tier: str = ""
     return_token_ids: bool = False
     continuous_usage: bool = False
     echoes: bool = False
+    prompt_logprobs: int | None = None
     keeps: int = 0
     hides_logprobs: bool = False
     tools: list[dict[str, Any]] = msgspec.field(default_factory=list)

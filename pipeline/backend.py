@@ -12,7 +12,7 @@ A request is a continuation, so a SentencePiece model's first space is text and 
 
 from __future__ import annotations
 
-from codecs import utf_8_decode
+from codecs import register_error, utf_8_decode
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -60,9 +60,15 @@ class Backend:
         return self._push_watched(self._stops, token_ids, count)
 
     def finish(self) -> str:
-        """The held-back end of the text, when the choice ends without a stop string."""
+        """The held-back end of the text, when the choice ends and no push said `stopped`. A torn character at the end may complete a
+        stop string, too: then `stop_string` says so."""
         rest = self._detokenizer.finish()
-        return rest if self._stops is None else self._stops.finish() + rest
+        if self._stops is None:
+            return rest
+        if self._unwatched:
+            return self._stops.finish() + rest
+        delta, self._stopped = self._stops.push(rest)
+        return delta + self._stops.finish()
 
     def _ends_by_id(self, reason: FinishReason, last: int) -> bool:
         return reason in (FinishReason.EOS, FinishReason.STOP) and last in self._hidden
@@ -153,7 +159,7 @@ def detokenizer(tokenizer: Tokenizer | NoTokenizer, *, skip_special_tokens: bool
         return NoText()
     table = tokenizer.token_bytes(skip_special_tokens=skip_special_tokens)
     if table is not None:
-        return ByteDetokenizer(table)
+        return ByteDetokenizer(table, EACH_BYTE if tokenizer.has_byte_fallback else "replace")
     return WindowDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
 
 
@@ -169,14 +175,20 @@ class NoText:
         return ""
 
 
+EACH_BYTE = "baton-each-byte"
+register_error(EACH_BYTE, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
+
+
 class ByteDetokenizer:
-    """Joins the tokens' bytes and decodes UTF-8; bytes of a torn character wait for the rest of it. Invalid bytes become U+FFFD as
-    the Unicode standard recommends (one for each maximal part), which for byte-level models is what the whole sequence decodes to."""
+    """Joins the tokens' bytes and decodes UTF-8; bytes of a torn character wait for the rest of it. Invalid bytes become U+FFFD: one for
+    each maximal part, as the Unicode standard recommends, which for byte-level models is what the whole sequence decodes to; or
+    (`errors`: `EACH_BYTE`) one for each byte, as SentencePiece decodes its byte tokens."""
 
-    __slots__ = ("_rest", "_table")
+    __slots__ = ("_errors", "_rest", "_table")
 
-    def __init__(self, table: list[bytes]) -> None:
+    def __init__(self, table: list[bytes], errors: str) -> None:
         self._table = table
+        self._errors = errors
         self._rest = b""
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -185,12 +197,12 @@ class ByteDetokenizer:
             data = self._rest + b"".join([table[token_id] for token_id in token_ids])
         except IndexError:  # ids of padding rows that no token has
             data = self._rest + b"".join([table[token_id] for token_id in token_ids if token_id < len(table)])
-        text, used = utf_8_decode(data, "replace", False)
+        text, used = utf_8_decode(data, self._errors, False)
         self._rest = data[used:]
         return text
 
     def finish(self) -> str:
-        text, _ = utf_8_decode(self._rest, "replace", True)
+        text, _ = utf_8_decode(self._rest, self._errors, True)
         self._rest = b""
         return text
 

@@ -152,11 +152,12 @@ class PoolClient:
 
     async def admit(
         self, request: Request, *, stage: str = "", priority: str = "default", deadline_s: float | None = None,
-        delay_s: float = 0.0, idempotency_key: str = "", body_digest: str = "", max_held: int = 0,
+        delay_s: float = 0.0, idempotency_key: str = "", body_digest: str = "", max_held: int = 0, insists: bool = False,
     ) -> str:  # fmt: skip
         """Admit a request that nobody streams; `ends.wait` tells when it is over. Returns its id, or that of the first request of the
-        key. It goes on whatever becomes of this process. `stage`: of one's own; left out: where the router says. `deadline_s`
-        may be longer than the lane's; it runs from when the request may be claimed. `max_held`: as for `submit`.
+        key. It goes on whatever becomes of this process, unless this raises. `stage`: of one's own; left out: where the router says.
+        `deadline_s` may be longer than the lane's; it runs from when the request may be claimed. `max_held`: as for `submit`.
+        `insists`: whatever is raised, the caller comes again under its key, so what may have been admitted is left for it.
 
         Raises `QueueFull` and `KeyBusy` with `retry_after_s`, `IdempotencyConflict`, `RedisUnavailable`.
         """
@@ -174,8 +175,9 @@ class PoolClient:
             return await asyncio.shield(admitting)
         except QueueFull as refusal:
             raise self._refusal(admission, refusal) from refusal
-        except asyncio.CancelledError:
-            self._abandon(request.id, admitting)
+        except (asyncio.CancelledError, RedisUnavailable):
+            if not insists:
+                self._abandon(request.id, admitting)  # it may have been admitted, and only the answer was lost
             raise
 
     def deadline_s(self, priority: str) -> float:
@@ -294,7 +296,7 @@ class PoolClient:
         stream = RequestStream(
             request_id, choices, buffer_items=self._buffer_items, patience_s=self._settings.deadline_s,
             read=functools.partial(self.queue.attach, watch=watch), cancel=self.queue.cancel, forget=self._forget,
-            linger=self.queue.linger, request=request, is_creator=is_creator, linger_s=linger_s,
+            linger=self.queue.linger, read_prompt=self.queue.prompt_logprobs, request=request, is_creator=is_creator, linger_s=linger_s,
         )  # fmt: skip
         self._streams.setdefault(request_id, []).append(stream)
         return stream

@@ -68,11 +68,13 @@ class ApiSettings(Section, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8000
     body_limit_bytes: Count = 4_194_304
+    body_timeout_s: Positive = 60.0
     headers_after_s: NotNegative = 5.0
     ping_s: Positive = 15.0
     send_timeout_s: Positive = 30.0
     shutdown_grace_s: NotNegative = 20.0
     default_max_tokens: Count = 512
+    max_prompt_logprobs: Count = 262_144  # entries of an answer that tells log probabilities of its prompt
     stream_buffer_items: Count = 4096  # live items kept for one slow reader before it is sent to the token log
     silence_s: Positive = 2.0  # a stream without a frame for this long reads state and log
     reasoning_field: Annotated[str, Meta(pattern="^[a-z_]+$")] = "reasoning_content"  # in chat messages and deltas
@@ -97,6 +99,9 @@ class LaneSettings(Section, frozen=True, kw_only=True):
     max_waiting_tokens: Amount = 0
     deadline_s: NotNegative = 0.0
     prefill_share: Share = 1.0  # of a prefill worker's room for handles that tasks of this lane may fill
+    step_share: Share = (
+        1.0  # of a prefill step's tokens to which tasks of this lane fill it while those of higher lanes come
+    )
 
 
 class QueueSettings(Section, frozen=True, kw_only=True):
@@ -112,7 +117,7 @@ class QueueSettings(Section, frozen=True, kw_only=True):
     guard_ms: Amount = 10_000  # what has waited so long on a lower lane gets each eighth claim
     high: LaneSettings = LaneSettings()
     default: LaneSettings = LaneSettings(prefill_share=0.9)
-    low: LaneSettings = LaneSettings(prefill_share=0.5)
+    low: LaneSettings = LaneSettings(prefill_share=0.5, step_share=0.05)
 
     def lane(self, name: str) -> LaneSettings:
         """What holds for a lane, nothing left open. A worker's own lane is as good as the highest."""
@@ -122,6 +127,7 @@ class QueueSettings(Section, frozen=True, kw_only=True):
             max_waiting_tokens=own.max_waiting_tokens or self.max_waiting_tokens,
             deadline_s=own.deadline_s or self.deadline_s,
             prefill_share=own.prefill_share,
+            step_share=own.step_share,
         )
 
 
@@ -138,6 +144,7 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
     )
     retry_backoff_max_s: NotNegative = 10.0
     concurrency: Count = 4  # tasks of one's own that a worker runs at once
+    beat_dir: str = ""  # a folder in which a worker shows that it lives and takes tasks; empty: nowhere
 
 
 class TorchSettings(Section, frozen=True, kw_only=True):
@@ -158,7 +165,7 @@ class VllmSettings(Section, frozen=True, kw_only=True):
 
     dtype: str = "auto"
     block_size: Amount = 0
-    kv_cache_bytes: Amount = 0  # memory of the blocks; 0: what `gpu_memory_utilization` leaves
+    kv_cache_bytes: Amount = 0  # memory of the blocks; 0: what `gpu_memory_utilization` leaves, on CPUs 1 GiB
     gpu_memory_utilization: Share = 0.9
     max_num_seqs: Count = 128
     max_num_batched_tokens: Count = 2048
@@ -233,6 +240,77 @@ class TransferSettings(Section, frozen=True, kw_only=True):
     nixl: NixlSettings = NixlSettings()
 
 
+class FilesSettings(Section, frozen=True, kw_only=True):
+    """`[files]`"""
+
+    url: str = "run/files"  # a folder, or what fsspec reaches: s3://bucket/prefix
+    storage_options: str = ""  # what fsspec is told beside the url, a JSON object
+    max_bytes: Count = 536_870_912
+    max_uploads: Count = 32  # at once, in one API process
+    purposes: str = "batch"  # that uploads may have
+    expires_after_s: Amount = 2_592_000  # files that do not say; 0: never
+    upload_s: Positive = 1800.0  # longest an upload may take
+    timeout_s: Positive = 60.0  # longest wait for one answer of the store
+    sweep_s: Positive = 300.0
+
+
+class RqSettings(Section, frozen=True, kw_only=True):
+    """`[rq]`: the queue of batches, whose lines are requests like all others"""
+
+    url: str = ""  # empty: redis.url
+    queue: str = "baton-batches"
+
+
+class BatchesSettings(Section, frozen=True, kw_only=True):
+    """`[batches]`"""
+
+    max_lines: Count = 50_000
+    max_bytes: Count = 209_715_200
+    max_line_bytes: Count = 4_194_304
+    keep_s: Positive = 2_592_000.0  # how long a batch is known after its end
+    lease_s: Positive = 15.0  # a batch whose worker says nothing for so long is taken up by another one
+    max_in_flight: Count = 1024  # requests of one batch that wait and run
+    part_lines: Annotated[int, Meta(ge=1, le=1000)] = 1000
+    part_s: Positive = 20.0  # what has been answered is kept after so long, also where there are fewer
+    live_share: Annotated[float, Meta(ge=0, lt=1)] = (
+        0.1  # of the decode workers' slots that stays free for live traffic
+    )
+    webhook_url: str = ""  # who is told of the end of each batch
+    webhook_secret: str = ""  # what is told is signed with: whsec_ and base64
+
+
+class StageScaling(Section, frozen=True, kw_only=True):
+    """`[autoscale.prefill]`, `[autoscale.decode]`"""
+
+    min_workers: Amount = 0
+    max_workers: Amount = 8
+    gpus: Amount = 1  # of one worker, for gpu_budget
+
+
+class AutoscaleSettings(Section, frozen=True, kw_only=True):
+    """`[autoscale]`: what is promised, and how workers follow demand. Each pool has as much."""
+
+    poll_s: Positive = 1.0  # KEDA: pollingInterval
+    ttft_s: Positive = 2.0  # promised: time to first token
+    itl_ms: Positive = 50.0  # promised: time between two tokens of an answer
+    utilization: Share = 0.85  # of the workers, at most, where the promises would allow more
+    up_after: Count = 2  # looks in a row that ask for more
+    down_after_s: NotNegative = 300.0  # HPA: stabilizationWindowSeconds
+    cooldown_s: NotNegative = 60.0  # between changes in opposite directions
+    idle_s: NotNegative = 300.0  # KEDA: cooldownPeriod, after which there are none
+    gpu_budget: Amount = 0  # of both stages; 0: as many as max_workers takes
+    start_s: Positive = 60.0  # start-up of a worker, until one was measured
+    stale_s: Positive = 15.0  # older signals hold
+    devices: str = ""  # the GPUs of this machine that workers may have; empty: they are not dealt out
+    log_dir: str = ""  # where workers' lines go; empty: the terminal
+    prefill: StageScaling = StageScaling()
+    decode: StageScaling = StageScaling()
+
+    def stage(self, name: str) -> StageScaling:
+        """The bounds of a stage by its name."""
+        return self.prefill if name == "prefill" else self.decode
+
+
 class LogSettings(Section, frozen=True, kw_only=True):
     """`[log]`"""
 
@@ -251,4 +329,8 @@ class Settings(Section, frozen=True, kw_only=True):
     worker: WorkerSettings = WorkerSettings()
     engine: EngineSettings = EngineSettings()
     transfer: TransferSettings = TransferSettings()
+    files: FilesSettings = FilesSettings()
+    batches: BatchesSettings = BatchesSettings()
+    rq: RqSettings = RqSettings()
+    autoscale: AutoscaleSettings = AutoscaleSettings()
     log: LogSettings = LogSettings()

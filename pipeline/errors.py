@@ -5,6 +5,9 @@ BatonError
 │   ├── ContextLengthExceeded
 │   ├── ModelNotFound
 │   ├── RequestNotFound       no such request, or its record has expired
+│   ├── NoSuchFile            no such file, or it has expired
+│   ├── FileTooLarge          an upload has more bytes than a file may have
+│   ├── UploadTimeout         an upload took longer than it may
 │   └── IdempotencyConflict   the key already stands for another request
 ├── InvalidKey                no API key, or none that is valid
 ├── NotAllowed                the API key is valid, and may not do this
@@ -30,6 +33,8 @@ BatonError
 ├── TransferError             a transfer cannot start (no space, no permission)
 ├── WireError                 bytes that are not what the protocol says
 ├── RedisUnavailable          no answer from Redis within the limit
+├── StorageUnavailable        the store of files failed, or did not answer within the limit
+├── FileLost                  a file is known, and its bytes are gone from the store
 └── ConfigError               the configuration is wrong; names the key and where it came from
 """
 
@@ -76,6 +81,39 @@ class RequestNotFound(InvalidRequest):
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"{request_id[:100]}: {UNKNOWN_ID}", param="id")
+
+
+class NoSuchFile(InvalidRequest):
+    """No file of that id is the caller's."""
+
+    code = "file_not_found"
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(f"No such File object: {file_id[:100]}", param="id")  # as OpenAI says it
+
+
+class BatchNotFound(InvalidRequest):
+    """No batch of that id is the caller's."""
+
+    code = "batch_not_found"
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"No batch found with id {batch_id[:100]!r}", param="id")
+
+
+class FileTooLarge(InvalidRequest):
+    """An upload has more bytes than a file may have; nothing is kept of it."""
+
+    code = "file_too_large"
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"the file has more than {max_bytes} bytes (files.max_bytes)", param="file")
+
+
+class UploadTimeout(InvalidRequest):
+    """An upload took longer than it may; nothing is kept of it."""
+
+    code = "upload_timeout"
 
 
 class IdempotencyConflict(InvalidRequest):
@@ -133,6 +171,13 @@ class KeyBusy(Refused):
     """The API key has as many requests waiting and running in the pool as it may."""
 
     code = "concurrency_limit_exceeded"
+
+
+class BodyTimeout(BatonError):
+    """The body of a request did not come."""
+
+    code = "body_timeout"
+    retryable = True
 
 
 class Draining(Refused):
@@ -248,6 +293,19 @@ class RedisUnavailable(BatonError):
 
     code = "redis_unavailable"
     retryable = True
+
+
+class StorageUnavailable(BatonError):
+    """The store of files failed, or did not answer within the limit; its own words are in the log."""
+
+    code = "storage_unavailable"
+    retryable = True
+
+
+class FileLost(BatonError):
+    """A file is known, and its bytes are not in the store: somebody removed them there."""
+
+    code = "file_lost"
 
 
 class ConfigError(BatonError):

@@ -1,7 +1,7 @@
 """What happens to tasks and workers, as it happens. The scripts publish it; who does not listen misses it, and nothing depends on it.
 
 task-sent -> task-started -> task-handed-over -> task-started -> task-succeeded, or task-failed, task-revoked, task-expired,
-task-rejected (dead-lettered); task-retried on the way; worker-online, worker-offline.
+task-rejected (dead-lettered); task-retried on the way; worker-online, worker-offline; stage-scaled (how many workers it should have).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import enum
 
 from pipeline.errors import BatonError, ConfigError, RedisUnavailable
 from pipeline.redis_server import RedisServerError
+from pipeline.scaling.lease import PoolTaken
 
 
 class Exit(enum.IntEnum):
@@ -39,7 +40,7 @@ def exit_for(error: BatonError) -> Exit:
     match error:
         case ConfigError():
             return Exit.USAGE
-        case RedisServerError() | PortTaken():
+        case RedisServerError() | PortTaken() | PoolTaken():
             return Exit.UNAVAILABLE_HERE
         case RedisUnavailable() | NoAnswer():
             return Exit.NO_ANSWER

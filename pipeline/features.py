@@ -9,8 +9,8 @@ MIN_P, PENALTIES, LOGIT_BIAS = "min_p", "penalties", "logit_bias"
 EMBEDDINGS = "embeddings"
 
 SERVED: dict[str, frozenset[str]] = {
-    "torch": frozenset({EMBEDDINGS, GUIDED_DECODING, LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS}),
-    "vllm": frozenset({GUIDED_DECODING, LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS, LORA}),
+    "torch": frozenset({EMBEDDINGS, GUIDED_DECODING, LOGPROBS, PROMPT_LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS}),
+    "vllm": frozenset({GUIDED_DECODING, LOGPROBS, PROMPT_LOGPROBS, MIN_P, PENALTIES, LOGIT_BIAS, LORA}),
 }  # by engine; of the others none
 
 

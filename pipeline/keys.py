@@ -32,6 +32,7 @@ TABLE: dict[str, KeySpec] = {
     ),
     "log": KeySpec("log:{0}:{1}", "string of packed u32", "handover, step", "as its request"),
     "probs": KeySpec("probs:{0}:{1}", "string of records", "handover, step", "as its request"),
+    "pprobs": KeySpec("pprobs:{0}", "string of records", "prompt", "as its request"),
     "lane": KeySpec("q:{0}:{1}", "stream", "admit, handover", "kept; an entry is deleted when acked"),
     "deadlines": KeySpec("deadlines", "zset id -> ms", "admit", "member until the request ends"),
     "counters": KeySpec("counters", "hash", "all scripts", "kept"),
@@ -64,6 +65,9 @@ TABLE: dict[str, KeySpec] = {
     "kv": KeySpec("kv", "stream", "workers", "last 10,000 entries: what their prefix caches hold"),
     "purged": KeySpec("purged:{0}", "hash cursor -> answer", "purge", "a minute"),
     "sweep": KeySpec("sweeper", "string", "sweep", "one sweep interval: one sweeper at a time"),
+    "scaler": KeySpec("scaler", "string", "lead", "its holder's lease: one `baton autoscale` a pool"),
+    "scaling": KeySpec("scaling", "hash", "desire", "kept: what was decided last, and how often it was another number"),
+    "crew": KeySpec("crew", "hash name -> stage, by whom", "`baton autoscale`", "field until its worker has ended"),
     "bus": KeySpec("bus:{0}", "channel", "-", "frames for one API process"),
     "tok": KeySpec("tok:{0}", "channel", "-", "frames of one watched request"),
     "ctl": KeySpec("ctl:{0}", "channel", "-", "notes to one worker: cancel, free"),
@@ -79,6 +83,8 @@ TABLE: dict[str, KeySpec] = {
 }
 
 API_KEYS_ROOT = "{@keys}:"  # a hash tag that is no pool's name: API keys hold in all pools
+FILES_ROOT = "{@files}:"  # and so do files
+BATCHES_ROOT = "{@batches}:"  # and batches
 RATES_ROOT = "@rates"  # of the `limits` library, whose keys have the id of an API key as their hash tag
 
 # What belongs to no pool.
@@ -91,17 +97,128 @@ SHARED: dict[str, KeySpec] = {
         "API, by the `limits` library",
         "two minutes after its last use",
     ),
+    "file": KeySpec(FILES_ROOT + "file:{0}", "hash", "put_file", "until it is deleted or swept after its end"),
+    "file_list": KeySpec(FILES_ROOT + "list:{0}:{1}", "zset of ids", "put_file", "member as its file"),
+    "file_expiries": KeySpec(FILES_ROOT + "expiries", "zset id -> s", "put_file", "member as its file"),
+    "files_folder": KeySpec(FILES_ROOT + "folder", "string", "API, batch worker", "kept: where its bytes are"),
+    "files_sweeper": KeySpec(FILES_ROOT + "sweeper", "string", "API", "one sweep interval: one sweeper at a time"),
+    "batch": KeySpec(BATCHES_ROOT + "batch:{0}", "hash", "put_batch", "`batches.keep_s` after its end"),
+    "batch_list": KeySpec(
+        BATCHES_ROOT + "list:{0}",
+        "zset of ids",
+        "put_batch",
+        "member until its owner lists them, or makes more, after its batch is gone",
+    ),
+    "batches_open": KeySpec(BATCHES_ROOT + "open", "zset of ids", "put_batch", "member until its batch has ended"),
+    "batches_untold": KeySpec(
+        BATCHES_ROOT + "untold", "zset id -> s", "batch worker", "member until its receiver was told of its end"
+    ),
+    "batch_lease": KeySpec(
+        BATCHES_ROOT + "lease:{0}", "string name", "take_batch", "`batches.lease_s`, held by its worker"
+    ),
+    "batch_done": KeySpec(BATCHES_ROOT + "done:{0}", "bitmap of lines", "put_part", "until its batch has ended"),
+    "batch_parts": KeySpec(
+        BATCHES_ROOT + "parts:{0}", "list of places", "put_part", "until its batch has ended and they are removed"
+    ),
+    "batch_spent": KeySpec(
+        BATCHES_ROOT + "spent:{0}",
+        "set of request ids",
+        "put_part",
+        "until these requests are erased: their answers are in parts",
+    ),
+    "batches_untidy": KeySpec(
+        BATCHES_ROOT + "untidy", "set of ids", "put_part", "member until a worker has tidied up behind its batch"
+    ),
+    "batch_idem": KeySpec(BATCHES_ROOT + "idem:{0}", "string id", "put_batch", "a day"),
 }
 
 
 def api_keys() -> str:
     """Hash: every API key by the SHA-256 of its secret."""
-    return SHARED["all"].template
+    return _shared("all")
 
 
 def api_keys_version() -> str:
     """String: when an API key was changed last, so that processes know when to read them again."""
-    return SHARED["version"].template
+    return _shared("version")
+
+
+def _shared(name: str, *parts: str) -> str:
+    """`str.format` would take the hash tag for an argument."""
+    key = SHARED[name].template
+    for number, part in enumerate(parts):
+        key = key.replace(f"{{{number}}}", part)
+    return key
+
+
+def file_record(file_id: str) -> str:
+    """Hash: what is known of a file."""
+    return _shared("file", file_id)
+
+
+def file_list(owner: str, purpose: str) -> str:
+    """Sorted set: the ids of an owner's files, in the order of their making; `purpose` empty: of all purposes."""
+    return _shared("file_list", owner, purpose)
+
+
+def file_expiries() -> str:
+    """Sorted set: files by when they expire, in s since 1970."""
+    return _shared("file_expiries")
+
+
+def files_folder() -> str:
+    """String: the folder of the store that holds the bytes of this Redis's files."""
+    return _shared("files_folder")
+
+
+def files_sweeper() -> str:
+    """String: somebody sweeps files in this interval."""
+    return _shared("files_sweeper")
+
+
+def batch_record(batch_id: str) -> str:
+    """Hash: what is known of a batch."""
+    return _shared("batch", batch_id)
+
+
+def batch_list(owner: str) -> str:
+    """Sorted set: the ids of an owner's batches, in the order of their making."""
+    return _shared("batch_list", owner)
+
+
+def batches_open() -> str:
+    """Sorted set: the ids of all batches that have not ended."""
+    return _shared("batches_open")
+
+
+def batches_untold() -> str:
+    """Sorted set: batches of whose end somebody is to be told, by the time of the next try."""
+    return _shared("batches_untold")
+
+
+def batch_lease(batch_id: str) -> str:
+    """String: who works on a batch."""
+    return _shared("batch_lease", batch_id)
+
+
+def batch_done(batch_id: str) -> str:
+    """Bitmap: the lines of a batch whose results are in its parts."""
+    return _shared("batch_done", batch_id)
+
+
+def batch_parts(batch_id: str) -> str:
+    """List: the places of a batch's parts."""
+    return _shared("batch_parts", batch_id)
+
+
+def batch_spent(batch_id: str) -> str:
+    """Set: requests whose answers are in parts."""
+    return _shared("batch_spent", batch_id)
+
+
+def batches_untidy() -> str:
+    """Set: the ids of batches that have parts, or requests that nobody needs."""
+    return _shared("batches_untidy")
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -153,9 +270,17 @@ class PoolKeys:
         """String: packed token ids of one choice."""
         return self._of("log", request_id, choice)
 
+    def first_of_key(self, idempotency_key: str) -> str:
+        """String: the request that an idempotency key stands for."""
+        return self._of("idem", idempotency_key)
+
     def logprobs(self, request_id: str, choice: int) -> str:
         """String: log probabilities of one choice, where they were asked for; one record for each of its tokens."""
         return self._of("probs", request_id, choice)
+
+    def prompt_logprobs(self, request_id: str) -> str:
+        """String: log probabilities of the prompt, where they were asked for; one record for each of its tokens but the first."""
+        return self._of("pprobs", request_id)
 
     def lane(self, stage: str, lane: str) -> str:
         """Stream: waiting and running tasks of a stage; `lane` is high, default, low or `@worker`."""
@@ -208,6 +333,18 @@ class PoolKeys:
     def kv_events(self) -> str:
         """Stream: what the prefix caches of the workers got and lost."""
         return self._of("kv")
+
+    def scaler(self) -> str:
+        """String: who scales the pool."""
+        return self._of("scaler")
+
+    def scaling(self) -> str:
+        """Hash: how many workers each stage should have by the last decision, and why."""
+        return self._of("scaling")
+
+    def crew(self) -> str:
+        """Hash: the workers that whoever scales the pool has started, with their stage."""
+        return self._of("crew")
 
     def bus(self, api: str) -> str:
         """Channel: frames for one API process."""

@@ -16,7 +16,8 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from pipeline.config import LogSettings
 from pipeline.wording import counted
 
-_QUIET = ("httpx", "httpcore", "asyncio", "filelock")  # they report each call at info; warnings still show
+# They report each call, S3's with what signs it; warnings still show.
+_QUIET = ("httpx", "httpcore", "asyncio", "filelock", "fsspec", "s3fs", "aiobotocore", "botocore", "python_multipart")
 
 
 def configure(settings: LogSettings, process: str) -> None:
@@ -75,8 +76,17 @@ def _last(settings: LogSettings) -> list[Processor]:
     return [
         drop,
         _in_celery_s_words,
+        _without_control_characters,
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain),
     ]
+
+
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
+
+
+def _without_control_characters(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """What clients send must not move the cursor of who reads the log; line ends in fields are written as such by structlog."""
+    return {name: value.translate(_CONTROL) if isinstance(value, str) else value for name, value in event.items()}
 
 
 def _in_celery_s_words(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

@@ -27,7 +27,11 @@ class Part(NamedTuple):
 
 
 class Parser(Protocol):
-    """Reads one choice: push its text as it becomes certain, then finish. Nothing that was given out is taken back."""
+    """Reads one choice: push its text as it becomes certain, then finish. Nothing that was given out is taken back. `is_torn`: a call was
+    given out whose arguments are not over."""
+
+    @property
+    def is_torn(self) -> bool: ...
 
     def push(self, text: str) -> list[Part]: ...
 

@@ -13,6 +13,8 @@ from pipeline.parsers.choose import template_of
 from pipeline.protocol import BackendInput, OutputOptions, RoutingHints, SamplingOptions, StopConditions
 from pipeline.tokenizer import Conversation, NoTokenizer, Tokenizer
 
+MOST_DIGITS = 10  # of a token id; of thousands no number is made
+
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """What a client wants beside the prompt; `stop.max_tokens` None means as many as the pool's default and the context allow."""
@@ -27,16 +29,32 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 class Preprocessor:
     """Chat template, tokenizer and limits of one pool. Pure but for the tokenizer, and safe to call in threads.
 
-    `model`: the pool's name as clients say it. `max_model_len`: prompt and output tokens together, at most.
+    `model`: the pool's name as clients say it. `max_model_len`: prompt and output tokens together, at most. `max_choices`: answers to one
+    prompt, which the engine has to run at once.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | NoTokenizer, *, model: str, max_model_len: int, default_max_tokens: int
+        self,
+        tokenizer: Tokenizer | NoTokenizer,
+        *,
+        model: str,
+        max_model_len: int,
+        default_max_tokens: int,
+        max_choices: int,
     ) -> None:
         self.tokenizer = tokenizer
         self.model = model
         self.max_model_len = max_model_len
         self.default_max_tokens = default_max_tokens
+        self.max_choices = max_choices
+
+    def check_choices(self, choices: int, param: str) -> None:
+        """Raises InvalidRequest for more answers to one prompt than the engine can run at once."""
+        if choices > self.max_choices:
+            raise InvalidRequest(
+                f"{param} is {choices}, and model {self.model!r} makes at most {self.max_choices} choices of one prompt",
+                param=param,
+            )
 
     def chat(
         self, request_id: str, conversation: Conversation, wanted: Wanted, form: AnswerForm = PLAIN
@@ -150,10 +168,12 @@ class Preprocessor:
         return min(self.default_max_tokens, remaining) if max_tokens is None else max_tokens
 
     def _check_bias(self, bias: Mapping[str, float]) -> None:
+        size = self.tokenizer.vocab_size
         for token in bias:
-            if not (token.isascii() and token.isdecimal() and int(token) < self.tokenizer.vocab_size):
+            is_number = token.isascii() and token.isdecimal() and len(token) <= MOST_DIGITS
+            if not (is_number and int(token) < size):
                 raise InvalidRequest(
-                    f"{token[:20]!r} is not a token id below {self.tokenizer.vocab_size}",
+                    f"{token[:20]!r} is not a token id below {size}",
                     param=f"logit_bias.{token[:20]}",
                 )
 

@@ -169,6 +169,7 @@ class LLMEngineOutput(msgspec.Struct, frozen=True, array_like=True):
     log_probs: list[float] | None = None
     error: str | None = None  # with FinishReason.ERROR: what happened
     top_logprobs: list[list[tuple[int, float]]] | None = None  # of each token: the likeliest at its place, best first
+    prompt_logprobs: bytes = b""  # records of the whole prompt, where asked for, with one output of who computed it
 
 
 class TokenItem(msgspec.Struct, frozen=True, array_like=True, tag="t"):

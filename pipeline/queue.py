@@ -1,4 +1,4 @@
-"""The durable queue of one pool: each method is one script of `pipeline/scripts`, with typed arguments and answers.
+"""The durable queue of one pool: each method is a script of `pipeline/scripts`, with typed arguments and answers.
 
 Life of a request: admit -> claim (prefill) -> handover -> claim (decode) -> fetched -> step ... step -> end.
 A method that answers with an outcome does not raise for it: fenced, ended and full are expected. `RedisUnavailable` is raised
@@ -36,8 +36,11 @@ from pipeline.routing import blocks_needed
 
 STAGES = ("prefill", "decode")  # of a generation
 EMBED = "embed"  # Baton's own stage beside them, and the name of its task; to all else it is a queue of tasks like any other
+BATCH = "batch"  # a worker of all pools, which runs batches: no stage, and no lane is read by it
 LANES = ("high", "default", "low")
-SWEPT = ("expired", "parked", "dead", "moved", "deleted", "cancelled", "resumed", "held_back")
+HELD_BACK = "held_back"  # of a sweep: 1 while no lease is taken from anybody
+SWEPT = ("expired", "parked", "dead", "moved", "deleted", "cancelled", "resumed", HELD_BACK)
+PROMPT_PART_BYTES = 262_144  # of a prompt's log probabilities in one call: Redis serves nobody else meanwhile
 ENDED_STATES = ("done", "failed", "cancelled", "expired", "dead")
 
 
@@ -255,6 +258,11 @@ class PoolQueue:
             admission.digest, admission.notify, request.owner,
         )  # fmt: skip
 
+    async def first_of_keys(self, idempotency_keys: Sequence[str]) -> list[str | None]:
+        """The requests that these stand for; None where there is none."""
+        found = await self._connection.command("MGET", *map(self.keys.first_of_key, idempotency_keys))
+        return [None if one is None else one.decode() for one in found]
+
     async def attach(self, request_id: str, *, watch: bool, with_request: bool = False) -> Standing | None:
         """State and logs of a request; with `watch` its tokens also go to its own channel. None when unknown.
 
@@ -272,6 +280,10 @@ class PoolQueue:
             attempts=int(answer[14]), linger_s=int(answer[15]) / 1000 if answer[15] else None, request=_stored(request_id, answer[16]),
             logprobs=answer[19::3],
         )  # fmt: skip
+
+    async def prompt_logprobs(self, request_id: str) -> bytes:
+        """The records of a request's prompt: all of them once it has a token or has ended without one, but for what Redis lost."""
+        return await self._connection.command("GET", self.keys.prompt_logprobs(request_id)) or b""
 
     async def linger(self, request_id: str, seconds: float) -> str:
         """Nobody reads the request: it is cancelled unless a reader comes back in time. Returns "lingers" or "ended <state>"."""
@@ -344,6 +356,8 @@ class PoolQueue:
 
         Returns the verdict and where the request is now: "decode", "done", or the state in which it had ended.
         """
+        for output in outputs:  # where that is refused, so is the hand-over
+            await self.keep_prompt(worker, delivery.id, delivery.epoch, output.prompt_logprobs)
         items: list[Any] = []
         for output in outputs:
             tokens = pack_tokens(output.token_ids)
@@ -364,6 +378,9 @@ class PoolQueue:
 
     async def step(self, worker: str, items: Sequence[StepItem]) -> list[Verdict]:
         """Log and publish the outputs of a step of `worker`, one script call for each API process among them."""
+        for item in items:
+            if item.output.prompt_logprobs:  # where that is refused, so is the item
+                await self.keep_prompt(worker, item.request_id, item.epoch, item.output.prompt_logprobs)
         verdicts: list[Verdict] = [Verdict.ENDED] * len(items)
         for api, positions in _by_api(items).items():
             args: list[Any] = []
@@ -379,6 +396,17 @@ class PoolQueue:
             for position, answer in zip(positions, answers, strict=True):
                 verdicts[position] = Verdict(answer)
         return verdicts
+
+    async def keep_prompt(self, worker: str, request_id: str, epoch: int, records: bytes) -> Verdict:
+        """Keep the log probabilities of a request's prompt, so that whoever sees its first token finds them."""
+        there = 0
+        while there < len(records):
+            part = records[there : there + PROMPT_PART_BYTES]
+            answer = await self._call("prompt", request_id, epoch, worker, there, part)
+            if (verdict := _verdict(answer)) is not Verdict.ACCEPTED:
+                return verdict
+            there = int(answer[1])
+        return Verdict.ACCEPTED
 
     def frame_item(self, request_id: str, output: LLMEngineOutput, tokens: bytes, logprobs: bytes) -> bytes:
         """An output as an item of a frame."""

@@ -11,9 +11,10 @@ from pipeline.config import RouterSettings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError
 from pipeline.keys import PoolKeys
-from pipeline.protocol import UNREADABLE, BellNote
+from pipeline.protocol import BellNote
 from pipeline.queue import STAGES
 from pipeline.routing import PoolLoad, Room
+from pipeline.said import WorkerSaid, said_by
 
 ROLES = (*STAGES, "api")  # of every pool; stages of one's own are in its `stages`
 
@@ -38,7 +39,7 @@ class PoolSnapshot:
     def all_paused(self, stage: str) -> bool:
         """Whether a stage has workers, and each was told to claim nothing."""
         said = self.workers.get(stage, {}).values()
-        return bool(said) and all(_said(info).paused for info in said)
+        return bool(said) and all(said_by(info).paused for info in said)
 
     def own_queues(self) -> list[str]:
         """The stages of one's own that have or had a worker or work."""
@@ -49,10 +50,14 @@ class PoolSnapshot:
         """Tasks that wait in a stage, on one lane or on all."""
         return self.counters.get(f"waiting:{stage}:{lane}", 0) if lane else self.total(f"waiting:{stage}:")
 
+    def running(self, stage: str, lane: str) -> int:
+        """What workers have in hand of a stage and a priority: choices in decode, tasks elsewhere."""
+        return max(0, self.counters.get(f"running:{stage}:{lane}", 0))
+
     def load(self) -> PoolLoad:
         """The router's view."""
         alive = {role: len(self.workers.get(role, {})) for role in ROLES}
-        told = [_said(info).room for info in self.workers.get("prefill", {}).values()]
+        told = [_room(said_by(info)) for info in self.workers.get("prefill", {}).values()]
         rooms = tuple(room for room in told if room is not None)
         is_whole = len(rooms) == len(told)
         return PoolLoad(self.waiting("prefill"), alive["prefill"], alive["decode"], rooms if is_whole else ())
@@ -110,31 +115,11 @@ async def set_router(connection: Connection, keys: PoolKeys, changes: Mapping[st
     await connection.command("PUBLISH", keys.bell("pool"), msgspec.msgpack.encode(BellNote("pool")))
 
 
-class _SaidOfEngine(msgspec.Struct):
-    block_size: int
-
-
-class _Said(msgspec.Struct):
-    """What is read here of what a worker says of itself: the largest task that it could start (None: it has not said), in blocks of
-    its engine's size, and whether it was told to claim nothing."""
-
-    total_blocks: int | None = None
-    engine: _SaidOfEngine | None = None
-    paused: bool = False
-
-    @property
-    def room(self) -> Room | None:
-        """The largest task that it could start; None when it has not said."""
-        if self.total_blocks is None or self.engine is None:
-            return None
-        return Room(self.total_blocks, self.engine.block_size)
-
-
-def _said(info: bytes) -> _Said:
-    try:
-        return msgspec.json.decode(info, type=_Said)
-    except UNREADABLE:
-        return _Said()
+def _room(said: WorkerSaid) -> Room | None:
+    """The largest task that a worker could start; None when it has not said."""
+    if said.total_blocks is None or not said.engine.block_size:
+        return None
+    return Room(said.total_blocks, said.engine.block_size)
 
 
 def _living(row: list[object], now_ms: int) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
 import msgspec
 import structlog
 
 from pipeline.errors import RedisUnavailable
-from pipeline.logprobs import record_bytes, records_between
+from pipeline.logprobs import prompt_record_bytes, record_bytes, records_between
 from pipeline.protocol import EndItem, FinishReason, Log, Request, Timeline, TokenItem, unpack_tokens
 from pipeline.queue import ENDED_STATES, Restored, Standing
 
@@ -24,19 +24,22 @@ PART_TOKENS = 512  # of a long log, at a time: what others are to be sent comes 
 
 
 class TokenChunk(msgspec.Struct, frozen=True):
-    """Tokens of one choice that stand at `index` and after it; `logprobs`: the records of these tokens, where they were asked for."""
+    """Tokens of one choice that stand at `index` and after it; `logprobs`: the records of these tokens, where they were asked for.
+    `prompt_logprobs`: those of the prompt, in the first chunk that a reader gets of a request that asks for them."""
 
     choice: int
     index: int
     token_ids: list[int]
     finish_reason: FinishReason | None
     logprobs: bytes = b""
+    prompt_logprobs: bytes | None = None
 
     def part(self, start: int, end: int, finish_reason: FinishReason | None) -> TokenChunk:
         """Its tokens from `start` to `end`."""
         size = len(self.logprobs) // len(self.token_ids)
         records = self.logprobs[start * size : end * size]
-        return TokenChunk(self.choice, self.index + start, self.token_ids[start:end], finish_reason, records)
+        prompt = self.prompt_logprobs if start == 0 else None
+        return TokenChunk(self.choice, self.index + start, self.token_ids[start:end], finish_reason, records, prompt)
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -45,6 +48,16 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+
+
+def total(usages: Iterable[Usage]) -> Usage:
+    """What several requests took."""
+    known = list(usages)
+    return Usage(
+        sum(usage.prompt_tokens for usage in known),
+        sum(usage.completion_tokens for usage in known),
+        sum(usage.cached_tokens for usage in known),
+    )
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -84,6 +97,7 @@ class RequestStream:
         cancel: Callable[[str, str], Awaitable[object]],
         forget: Callable[[RequestStream], Awaitable[None]],
         linger: Callable[[str, float], Awaitable[object]],
+        read_prompt: Callable[[str], Awaitable[bytes]] | None = None,
         request: Request | None = None,
         is_creator: bool = True,
         linger_s: float | None = 0.0,
@@ -105,10 +119,12 @@ class RequestStream:
         self._buffer: list[TokenChunk] = []
         self._buffer_items = buffer_items
         self._record_bytes = record_bytes(request.input) if request is not None else 0
+        self._lacks_prompt = read_prompt is not None and request is not None and prompt_record_bytes(request.input) > 0
         self._is_long = False  # the buffer holds chunks of more than `PART_TOKENS`
         self._behind = False  # the log knows more than the buffer: read it before going on
         self._waiter: asyncio.Future[None] | None = None
         self._read, self._cancel, self._forget, self._linger = read, cancel, forget, linger
+        self._read_prompt = read_prompt
         self._restore: Callable[[Log], Awaitable[Restored]] | None = None
         self._last_item_s = time.monotonic()
         self._heard_s = self._last_item_s  # when Redis last answered a read; while it is away the stream waits
@@ -219,13 +235,16 @@ class RequestStream:
         for choice, (tokens, count) in enumerate(zip(standing.log.tokens, start, strict=True)):
             self._next[choice] = count
             self._delivered[choice] = tokens[:count]
+        self._lacks_prompt &= 0 in start
         self._take(standing, start)
 
     async def __aiter__(self) -> AsyncIterator[list[TokenChunk]]:
         while True:
             if self._behind:
                 await self._catch_up()
-            if self._buffer:
+            if self._buffer and self._lacks_prompt:
+                await self._begin_with_prompt()
+            elif self._buffer:
                 chunks, self._buffer = self._buffer, []
                 if not self._is_long:
                     yield chunks
@@ -255,10 +274,7 @@ class RequestStream:
             standing = await self._read(self.id)
         except RedisUnavailable as error:
             self._behind = True
-            if time.monotonic() - self._heard_s > self._patience_s:
-                raise
-            log.warning("Redis is away, the stream waits", request_id=self.id, error=str(error))
-            await asyncio.sleep(READ_AGAIN_S)
+            await self._be_patient(error)
             return
         self._heard_s = time.monotonic()
         if standing is None and self._restore is None:
@@ -269,6 +285,26 @@ class RequestStream:
             await self._bring_back(sent)
             return
         self._take(standing, sent)
+
+    async def _begin_with_prompt(self) -> None:
+        """Something is there to be told, so all that is known of the prompt is there, too."""
+        assert self._read_prompt is not None
+        try:
+            records = await self._read_prompt(self.id)
+        except RedisUnavailable as error:
+            await self._be_patient(error)
+            return
+        self._heard_s = time.monotonic()
+        if self._buffer:
+            self._buffer[0] = msgspec.structs.replace(self._buffer[0], prompt_logprobs=records)
+            self._lacks_prompt = False
+
+    async def _be_patient(self, error: RedisUnavailable) -> None:
+        """Wait a moment, and raise when Redis was away for too long."""
+        if time.monotonic() - self._heard_s > self._patience_s:
+            raise error
+        log.warning("Redis is away, the stream waits", request_id=self.id, error=str(error))
+        await asyncio.sleep(READ_AGAIN_S)
 
     def _take(self, standing: Standing, certain: Sequence[int]) -> None:
         """Take what the log knows and the reader does not."""

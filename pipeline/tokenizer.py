@@ -184,6 +184,11 @@ class Tokenizer:
         special = [token.content for index, token in added if token.special and index not in self.eos_token_ids]
         return any(token in text for token in special for text in texts)
 
+    @property
+    def has_byte_fallback(self) -> bool:
+        """Whether bytes of characters that the vocabulary lacks are tokens of their own, as in SentencePiece models."""
+        return "ByteFallback" in _kinds(_decoder_steps(self._backend))
+
     def token_bytes(self, *, skip_special_tokens: bool) -> list[bytes] | None:
         """Bytes of each token id, or None where the model's decoder does not work on bytes. Built once, then shared."""
         if skip_special_tokens not in self._tables:
@@ -191,8 +196,7 @@ class Tokenizer:
         return self._tables[skip_special_tokens]
 
     def _build_table(self, skip_special_tokens: bool) -> list[bytes] | None:
-        decoder = self._backend.decoder
-        to_bytes = _token_to_bytes(json.loads(decoder.__getstate__()) if decoder is not None else None)
+        to_bytes = _token_to_bytes(_decoder_steps(self._backend))
         if to_bytes is None:
             return None
         vocab = self._backend.get_vocab(with_added_tokens=True)
@@ -267,10 +271,22 @@ def _named_eos(config: Mapping[str, Any], generation_config: Mapping[str, Any]) 
     return [named] if isinstance(named, int) else list(named or [])
 
 
-def _token_to_bytes(decoder: Any) -> TokenToBytes | None:
+def _decoder_steps(backend: TokenizerBackend) -> list[dict[str, Any]]:
+    """What the decoder does to the names of tokens, one after the other; nothing where there is none."""
+    if backend.decoder is None:
+        return []
+    decoder = json.loads(backend.decoder.__getstate__())
+    steps: list[dict[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    return steps
+
+
+def _kinds(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [step["type"] for step in steps]
+
+
+def _token_to_bytes(steps: Sequence[Mapping[str, Any]]) -> TokenToBytes | None:
     """A function from a token's name in the vocabulary to its bytes, for the decoders that can be told by a table."""
-    steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
-    kinds = [step["type"] if step else None for step in steps]
+    kinds = _kinds(steps)
     if kinds == ["ByteLevel"]:
         return _byte_level(_byte_level_alphabet())
     if kinds == ["Metaspace"]:
@@ -298,10 +314,13 @@ def _byte_level(alphabet: Mapping[str, int]) -> TokenToBytes:
     return to_bytes
 
 
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
 def _sentence_piece(space: str, *, byte_fallback: bool) -> TokenToBytes:
     def to_bytes(token: str) -> bytes:
-        if byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes.fromhex(token[3:5])
+        if byte_fallback and (byte := BYTE_TOKEN.fullmatch(token)):
+            return bytes.fromhex(byte[1])
         return token.replace(space, " ").encode()
 
     return to_bytes

@@ -38,13 +38,22 @@ MOCK = (
     "engine.mock.decode_seq_ms=0",
 )
 START_LIMIT_S = 90.0
+NEWER = ("files.",)  # settings that the version before does not know
 
 
 class System:
     """Owns its processes: leaving the context ends every one of them, whatever state a test left it in."""
 
     def __init__(self, redis_url: str, *overrides: str, log_dir: Path | None = None) -> None:
-        self.overrides = [f"redis.url={redis_url}", *MOCK, "transfer.verify=true", "log.level=debug", *overrides]
+        files = log_dir / "files" if log_dir else "memory://files"
+        self.overrides = [
+            f"redis.url={redis_url}",
+            *MOCK,
+            "transfer.verify=true",
+            "log.level=debug",
+            f"files.url={files}",
+            *overrides,
+        ]
         self.settings = load_settings(None, {}, self.overrides)
         self.keys = PoolKeys(POOL)
         self.connection = Connection(RedisSettings(url=redis_url))
@@ -76,16 +85,17 @@ class System:
 
         `path`: a folder that Python looks into first. `gpu`: the only one that it sees.
         """
-        sets = [part for override in self.overrides for part in ("--set", override)]
+        known = [one for one in self.overrides if code is None or not one.startswith(NEWER)]
+        sets = [part for override in known for part in ("--set", override)]
         command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *sets, *arguments]
         name = "-".join([module, *(part for part in arguments if not part.startswith("-") and "=" not in part)])
-        path = self._log_dir / f"{name}-{len(self.processes)}.log" if self._log_dir else Path(os.devnull)
+        log = self._log_dir / f"{name}-{len(self.processes)}.log" if self._log_dir else Path(os.devnull)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if (first := code or path) is not None:
             environment["PYTHONPATH"] = str(first)
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        with path.open("wb") as output:
+        with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=code)
         self.processes.append(process)
         return process
@@ -98,22 +108,25 @@ class System:
         code: Path | None = None,
         path: Path | None = None,
         gpu: str | None = None,
+        pool: str = "",
     ) -> subprocess.Popen[bytes]:
-        """Start one worker and wait until it is registered. `app`: the module of a stage of one's own."""
-        before = set(await self.alive(stage))
+        """Start one worker and wait until it is registered. `app`: the module of a stage of one's own. `pool`: which one, of several."""
+        before = set(await self.alive(stage, pool))
         sets = [part for override in overrides for part in ("--set", override)]
-        process = self.spawn("workers", stage, *sets, *(("--app", app) if app else ()), code=code, path=path, gpu=gpu)
-        await self.until(lambda: self._joined(stage, before, process))
+        more = [*(("--app", app) if app else ()), *(("--pool", pool) if pool else ())]
+        process = self.spawn("workers", stage, *sets, *more, code=code, path=path, gpu=gpu)
+        await self.until(lambda: self._joined(stage, pool, before, process))
         return process
 
-    async def _joined(self, stage: str, before: set[str], process: subprocess.Popen[bytes]) -> bool:
+    async def _joined(self, stage: str, pool: str, before: set[str], process: subprocess.Popen[bytes]) -> bool:
         if process.poll() is not None:
             raise RuntimeError(f"{stage} worker ended with {process.returncode} while it started")
-        return bool(set(await self.alive(stage)) - before)
+        return bool(set(await self.alive(stage, pool)) - before)
 
-    async def alive(self, role: str) -> list[str]:
+    async def alive(self, role: str, pool: str = "") -> list[str]:
         """Names of registered processes of a role."""
-        return [name.decode() for name in await self.connection.command("ZRANGE", self.keys.alive(role), 0, -1)]
+        key = PoolKeys(pool or POOL).alive(role)
+        return [name.decode() for name in await self.connection.command("ZRANGE", key, 0, -1)]
 
     async def api(self, code: Path | None = None) -> str:
         """Start one API process and return its base URL once it is ready."""

@@ -1,4 +1,4 @@
-"""`python -m workers prefill|decode|embed|QUEUE`: one worker process of one pool. The only place here that wires parts together."""
+"""`python -m workers prefill|decode|embed|batch|QUEUE`: one worker process. The only place here that wires parts together."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from pipeline.ids import new_process_name
 from pipeline.logs import configure
 from pipeline.processes import die_with_parent
 from pipeline.protocol import FinishReason, LLMEngineOutput
-from pipeline.queue import EMBED, STAGES
+from pipeline.queue import BATCH, EMBED, STAGES
 from pipeline.settings_file import add_arguments, settings_from
+from pipeline.waiting import until_first
 from workers import decode, embed, prefill, stages
 from workers.banner import Rows, banner, embedding_rows, engine_rows, stage_rows
+from workers.beat import beating
 from workers.child import ChildEngine
 from workers.control import WorkerControl, engine_told
 from workers.departure import Departure
@@ -49,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="baton worker", description="Run one prefill, decode or embed worker, or one of a queue of one's own."
     )
-    parser.add_argument("stage", help="prefill, decode, embed, or (with --app) a queue of the app")
+    parser.add_argument("stage", help="prefill, decode, embed, batch, or (with --app) a queue of the app")
     parser.add_argument(
         "--app", default="", help="module with the tasks of a queue of one's own: mystages or mystages:stages"
     )
@@ -68,6 +70,11 @@ def main() -> None:
         settings = settings_from(arguments, os.environ)
         name = arguments.name or new_process_name(arguments.stage)
         configure(settings.log, name)
+        if arguments.stage == BATCH:
+            from workers.batch import worker  # rq and tokenizers: workers with engines do without
+
+            worker.serve(settings, name)
+            return
         pool = only_pool(settings, arguments.pool)
         check_embeds(settings.pools[pool], pool, arguments.stage, has_app=app is not None)
         if app is None:
@@ -81,9 +88,9 @@ def main() -> None:
 
 def app_of(stage: str, app: str) -> Stages | None:
     """The tasks of a queue of one's own; None for Baton's own stages. Raises `ConfigError` where the two do not fit."""
-    if app and stage in STAGES:
+    if app and stage in (*STAGES, BATCH):
         raise ConfigError(f"--app {app}: a {stage} worker runs Baton's own task; leave it out")
-    if not app and stage in ENGINE_STAGES:
+    if not app and stage in (*ENGINE_STAGES, BATCH):
         return None
     if not app:
         raise ConfigError(f"{stage} is none of {', '.join(ENGINE_STAGES)}: a queue of one's own needs --app MODULE")
@@ -159,13 +166,14 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
     else:
         decode.register(worker, engine, holdings, stops)
     try:
-        if await departure.unless_asked(connection.reach()) and await departure.unless_asked(supervisor.start()):
-            _show(settings, banner(
-                name, pool, stage, redis_url=settings.redis.url, lanes=worker.lanes, tasks=worker.tasks,
-                version=pipeline.__version__, rows=rows_of(stage, engine.info, settings),
-            ))  # fmt: skip
-            departure.lead(worker.drain, worker.leave_now)
-            await _work(worker, supervisor.run(), steps.run(), control.run(), kv_events.run(engine))
+        async with beating(settings.worker.beat_dir, lambda: supervisor.is_up and worker.is_at_work):
+            if await departure.unless_asked(connection.reach()) and await departure.unless_asked(supervisor.start()):
+                _show(settings, banner(
+                    name, pool, stage, redis_url=settings.redis.url, lanes=worker.lanes, tasks=worker.tasks,
+                    version=pipeline.__version__, rows=rows_of(stage, engine.info, settings),
+                ))  # fmt: skip
+                departure.lead(worker.drain, worker.leave_now)
+                await _work(worker, supervisor.run(), steps.run(), control.run(), kv_events.run(engine))
     finally:
         await supervisor.close()
         await connection.close()
@@ -202,13 +210,14 @@ async def run_stages(settings: Settings, pool: str, queue: str, name: str, app: 
     threads = ThreadPoolExecutor(settings.worker.concurrency, thread_name_prefix=queue)
     stages.register(worker, tasks, holdings, steps, threads)
     try:
-        if await departure.unless_asked(connection.reach()):
-            _show(settings, banner(
-                name, pool, queue, redis_url=settings.redis.url, lanes=worker.lanes, tasks=worker.tasks,
-                version=pipeline.__version__, rows=stage_rows(queue, settings.worker.concurrency),
-            ))  # fmt: skip
-            departure.lead(worker.drain, worker.leave_now)
-            await _work(worker, steps.run(), control.run())
+        async with beating(settings.worker.beat_dir, lambda: worker.is_at_work):
+            if await departure.unless_asked(connection.reach()):
+                _show(settings, banner(
+                    name, pool, queue, redis_url=settings.redis.url, lanes=worker.lanes, tasks=worker.tasks,
+                    version=pipeline.__version__, rows=stage_rows(queue, settings.worker.concurrency),
+                ))  # fmt: skip
+                departure.lead(worker.drain, worker.leave_now)
+                await _work(worker, steps.run(), control.run())
     finally:
         await connection.close()
         threads.shutdown(wait=False)
@@ -219,16 +228,7 @@ async def run_stages(settings: Settings, pool: str, queue: str, name: str, app: 
 
 async def _work(worker: Worker, *beside: Coroutine[Any, Any, None]) -> None:
     """Until the worker is drained; what runs beside it must not end before."""
-    background = [asyncio.create_task(work) for work in beside]
-    working = asyncio.create_task(worker.run())
-    try:
-        done, _ = await asyncio.wait([working, *background], return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in (working, *background):
-            task.cancel()
-        await asyncio.gather(working, *background, return_exceptions=True)
+    await until_first([asyncio.create_task(work) for work in (worker.run(), *beside)])
 
 
 if __name__ == "__main__":

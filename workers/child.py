@@ -19,11 +19,13 @@ import time
 from collections.abc import AsyncIterator
 
 import msgspec
+import structlog
 
 from pipeline import errors
 from pipeline.config import EngineSettings, LogSettings, PoolSettings, TransferSettings
 from pipeline.errors import BatonError, EngineDied, EngineDown, KVLost
 from pipeline.kv_events import KVEvent
+from pipeline.labels import log_fields
 from pipeline.processes import ending
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
 from workers import messages as m
@@ -352,6 +354,8 @@ class _Host:
 
     async def _answer(self, engine: Engine, message: m.Prefill | m.Decode | m.Embed) -> None:
         answer: m.CallAnswer | m.Failed
+        if not isinstance(message, m.Embed):
+            structlog.contextvars.bind_contextvars(**log_fields(message.request))  # of this call's task alone
         try:
             if isinstance(engine, EmbeddingEngine):
                 assert isinstance(message, m.Embed)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from typing import Any
 
+import structlog
+
 from pipeline.errors import EngineError
+from pipeline.labels import log_fields
 from pipeline.protocol import FinishReason, KVHandle, LLMEngineOutput, Log, Request
 from pipeline.queue import Delivery
 
@@ -45,6 +49,10 @@ class Held:
         self.job: asyncio.Task[Any] | None = None
         self.dropped = ""  # why this delivery is not ours any more
         self.is_settling = False  # its handler is done: what is left to say frees what it holds, and is not interrupted
+
+    def bound(self) -> contextlib.AbstractContextManager[None]:
+        """Lines that are logged meanwhile, and by what is begun meanwhile, have its client's label."""
+        return structlog.contextvars.bound_contextvars(**log_fields(self.task.request.input))
 
     def blocks(self, block_size: int) -> int:
         """Upper bound of the blocks that it may use in its next step, sharing left out."""

@@ -254,9 +254,9 @@ class StageCapacity:
         """See `Capacity.free_blocks`. Every lane may fill it: nothing is kept when a task has ended."""
         return 0 if self._is_paused() else self._concurrency - len(self._holdings)
 
-    def is_ahead(self) -> bool:
-        """See `Capacity.is_ahead`: what it claims runs at once."""
-        return False
+    def step_fill(self) -> float:
+        """See `Capacity.step_fill`: what it claims runs at once."""
+        return 0.0
 
     def total_blocks(self) -> int:
         """See `Capacity.total_blocks`."""

@@ -96,6 +96,7 @@ def merged(outputs: Sequence[LLMEngineOutput]) -> list[LLMEngineOutput]:
                 token_ids=before.token_ids + output.token_ids,
                 log_probs=_joined(before.log_probs, output.log_probs),
                 top_logprobs=_joined(before.top_logprobs, output.top_logprobs),
+                prompt_logprobs=before.prompt_logprobs or output.prompt_logprobs,
             )
         else:
             rest.append(output)

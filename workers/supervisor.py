@@ -141,10 +141,11 @@ class EngineCapacity:
             return 0
         return info.num_blocks - in_use
 
-    def is_ahead(self) -> bool:
-        """See `Capacity.is_ahead`: for prefill and embeddings, when a step is full."""
-        info = self._engine.info
-        return self._stage in BY_TOKENS and self._holdings.prompt_tokens() >= max(1, info.max_num_batched_tokens)
+    def step_fill(self) -> float:
+        """See `Capacity.step_fill`: of prefill and embeddings. What decode claims joins the running batch."""
+        if self._stage not in BY_TOKENS:
+            return 0.0
+        return self._holdings.prompt_tokens() / max(1, self._engine.info.max_num_batched_tokens)
 
     def total_blocks(self) -> int:
         """See `Capacity.total_blocks`."""

@@ -31,11 +31,11 @@ from pipeline.connection import Connection, Subscription
 from pipeline.errors import BatonError, HandlerStuck, RedisUnavailable, WireError
 from pipeline.protocol import UNREADABLE, BellNote, CancelNote, FreeNote, KVHandle, Note, Request
 from pipeline.queue import LANES, Delivery, PoolQueue, Verdict, delivery_key
-from pipeline.waiting import wait_at_most
+from pipeline.waiting import until_first, wait_at_most
 from workers.holdings import Held, Holdings, Task
 from workers.limits import TimeLimits, run_within
 from workers.outcome import Answer, Done, Dropped, Fail, Handover, Outcome, Reject, Retry, classify, packed
-from workers.policy import backoff_s, engines_view, lane_looks
+from workers.policy import backoff_s, engines_view, held_back, is_news, lane_looks
 from workers.reports import Reports, lost, told
 
 log = structlog.get_logger("baton.worker")
@@ -64,8 +64,8 @@ class Capacity(Protocol):
         """Blocks that a new task may take of what its lane may fill; 0 claims nothing."""
         ...
 
-    def is_ahead(self) -> bool:
-        """Whether a new task would wait behind what runs here: others who are idle come first."""
+    def step_fill(self) -> float:
+        """Tokens that are held, of those of a step. From 1 on a new task would wait behind what runs here."""
         ...
 
     def total_blocks(self) -> int:
@@ -111,9 +111,12 @@ class Worker:
         self._queue_settings = queue
         self._claims = 0
         self._is_ahead = False  # at the last claim
+        self._came_s: dict[str, float] = {}  # when a task of each priority did
+        self._swept: dict[str, int] = {}  # what its last sweep did
         self._stage = ""
         self._tasks: dict[str, Registered] = {}
         self.is_stuck = False  # a handler does not end: this process has to
+        self._is_known = False  # Redis has heard of it, and answered when it was last told
         # blocks that this worker owns until they are fetched: handle id -> request id
         self._exported: dict[str, str] = {}
         self._bell = asyncio.Event()
@@ -156,6 +159,11 @@ class Worker:
     def is_draining(self) -> bool:
         """Whether it claims nothing any more and leaves."""
         return self._draining.is_set()
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether Redis knows it and answers, and it is not leaving."""
+        return self._is_known and not self.is_draining
 
     @property
     def stage(self) -> str:
@@ -202,13 +210,8 @@ class Worker:
         log.info("ready", worker=self.name, stage=self._stage, lanes=self._lanes())
         working = asyncio.create_task(self._work(), name=f"{self.name} claims")
         try:
-            done, _ = await asyncio.wait([working, *background], return_when=asyncio.FIRST_COMPLETED)
-            for task in done:  # without its background a worker must not go on: its leases would run out unseen
-                task.result()
+            await until_first([working, *background])  # without its background its leases would run out unseen
         finally:
-            for task in (working, *background):
-                task.cancel()
-            await asyncio.gather(working, *background, return_exceptions=True)
             with contextlib.suppress(BatonError):
                 await self.queue.leave(self._stage, self.name)
             await subscription.close()
@@ -240,13 +243,16 @@ class Worker:
         free = {lane: self._capacity.free_blocks(self._queue_settings.lane(lane).prefill_share) for lane in LANES}
         if max(free.values()) <= 0 or self._holdings.has_suspect():
             return None
-        self._is_ahead = self._capacity.is_ahead()
+        fill, now_s = self._capacity.step_fill(), time.monotonic()
+        self._is_ahead = fill >= 1  # others who are idle come first
+        shares = {lane: self._queue_settings.lane(lane).step_share for lane in LANES}
+        held = held_back(fill, shares, {lane: now_s - came_s for lane, came_s in self._came_s.items()})
+        looks = lane_looks(f"@{self.name}", self._claims, free, is_ahead=self._is_ahead, held_back=held)
         # kept until answered: a lost reply is given again
         self._claim_nonce = self._claim_nonce or secrets.token_hex(8)
         try:
             delivery = await self.queue.claim(
-                self._stage, self.name, lane_looks(f"@{self.name}", self._claims, free, is_ahead=self._is_ahead),
-                total_blocks=self._capacity.total_blocks(), block_size=self._capacity.block_size(),
+                self._stage, self.name, looks, total_blocks=self._capacity.total_blocks(), block_size=self._capacity.block_size(),
                 overtake_ms=self._queue_settings.overtake_ms,
                 guard_ms=self._queue_settings.guard_ms, held=len(self._holdings), nonce=self._claim_nonce,
             )  # fmt: skip
@@ -255,6 +261,8 @@ class Worker:
             return None
         self._claim_nonce = ""
         self._claims += delivery is not None
+        if delivery is not None:
+            self._came_s[delivery.priority] = now_s
         return delivery
 
     # -- one delivery ---------------------------------------------------------------------------------------------------
@@ -266,12 +274,14 @@ class Worker:
         except WireError as error:
             self.reports.received(delivery, self._stage)
             job = asyncio.create_task(self._reject(delivery, Reject(str(error))), name=name)
-        else:
+            job.add_done_callback(_report_surprise)
+            return
+        with held.bound():
             self.reports.received(delivery, self._name_of(held.task.request))
             self._holdings.add(held)  # before the next claim, which counts it
-            job = held.job = asyncio.create_task(self._deliver(held), name=name)
-            job.add_done_callback(lambda _: self._let_go(held))
-        job.add_done_callback(_report_surprise)
+            held.job = asyncio.create_task(self._deliver(held), name=name)
+            held.job.add_done_callback(lambda _: self._let_go(held))
+            held.job.add_done_callback(_report_surprise)
 
     async def _deliver(self, held: Held) -> None:
         started_s = time.monotonic()
@@ -420,6 +430,7 @@ class Worker:
                 await self._renew()
                 await self._free_unwanted()
             except BatonError as error:  # not a lost lease: keep the blocks, ask again
+                self._is_known = False
                 log.warning("leases not renewed, trying again", worker=self.name, error=str(error))
 
     async def _renew(self) -> None:
@@ -427,6 +438,7 @@ class Worker:
         mine = await self.queue.renew(
             self._stage, self.name, self._capacity.describe(), self._settings.lease_s, [(h.id, h.epoch) for h in held]
         )
+        self._is_known = True
         for delivery, still in zip(held, mine, strict=True):
             if not still and self._holdings.get(delivery.key) is delivery and not delivery.complete.done():
                 delivery.drop("lease lost")
@@ -471,8 +483,9 @@ class Worker:
                     self.name, interval_s=self._settings.sweep_s, lease_s=self._settings.lease_s,
                     max_attempts=self._settings.max_attempts,
                 )  # fmt: skip
-                if done and any(done.values()):
+                if is_news(done, self._swept):
                     log.info("swept", worker=self.name, **done)
+                self._swept = done or self._swept
             except BatonError as error:
                 log.warning("cannot sweep, trying again", worker=self.name, error=str(error))
             await asyncio.sleep(self._settings.sweep_s)
@@ -493,16 +506,22 @@ class Worker:
             )  # fmt: skip
         redis_answers = True
         for held in self._holdings.all():
-            if held.job is not None:
-                held.job.cancel()
-                await asyncio.wait([held.job], timeout=5)
-                if not held.job.done():
-                    self.is_stuck = True
-                    log.error("handler does not end when it is stopped", request_id=held.id, then="this process ends")
-            if redis_answers:
-                outcome = Retry("drained", counts=False)
-                answer = await self._settle(held.task.delivery, outcome, self._max_attempts(held))
-                redis_answers = answer is not Answer.UNSAID
+            with held.bound():
+                await self._stop(held)
+                if redis_answers:
+                    outcome = Retry("drained", counts=False)
+                    answer = await self._settle(held.task.delivery, outcome, self._max_attempts(held))
+                    redis_answers = answer is not Answer.UNSAID
+
+    async def _stop(self, held: Held) -> None:
+        """Cancel its handler and wait for it."""
+        if held.job is None:
+            return
+        held.job.cancel()
+        await asyncio.wait([held.job], timeout=5)
+        if not held.job.done():
+            self.is_stuck = True
+            log.error("handler does not end when it is stopped", request_id=held.id, then="this process ends")
 
 
 def _report_surprise(job: asyncio.Task[Any]) -> None:

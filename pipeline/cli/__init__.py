@@ -1,8 +1,8 @@
-"""The command line: `baton up`, `api`, `worker`, `chat`, `doctor`, `config`, `version`; for operators `status`, `inspect`,
-`control`, `purge`, `dead`, `events`.
+"""The command line: `baton up`, `api`, `worker`, `autoscale`, `chat`, `doctor`, `config`, `version`; for operators `status`, `inspect`,
+`control`, `purge`, `dead`, `events`; `keys` and `batch`.
 
 Exit codes are stable: 0 done; 1 something failed (the message says what); 2 wrong arguments or settings;
-3 a port, folder or program that is needed cannot be had; 4 the API or Redis does not answer; 69 no worker replied;
+3 a port, folder, pool or program that is needed cannot be had; 4 the API or Redis does not answer; 69 no worker replied;
 70 a worker's task could not be stopped; 130 interrupted.
 """
 

@@ -14,17 +14,18 @@ from typing import Annotated
 import typer
 
 import pipeline
+from pipeline.cli.batch_commands import add_batch_commands
 from pipeline.cli.key_commands import add_key_commands
 from pipeline.cli.operate import add_operators_commands
 from pipeline.cli.options import ConfigOption, Given, JsonOption, SetOption, given
 from pipeline.cli.plain import PlainGroup
 from pipeline.errors import ConfigError
-from pipeline.queue import EMBED, STAGES
+from pipeline.queue import BATCH, EMBED, STAGES
 from pipeline.redis_server import running_redis
 from pipeline.settings_file import nearest
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 something failed; 2 wrong arguments or settings; 3 a port, folder or program cannot be had; "
+    "Exit codes: 0 done; 1 something failed; 2 wrong arguments or settings; 3 a port, folder, pool or program cannot be had; "
     "4 the API or Redis does not answer; 69 no worker replied; 70 a worker's task could not be stopped; 130 interrupted."
 )
 
@@ -41,7 +42,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(root)
-    commands: tuple[Callable[..., None], ...] = (up, api, worker, chat, doctor, version)
+    commands: tuple[Callable[..., None], ...] = (up, api, worker, autoscale, chat, doctor, version)
     for command in commands:
         app.command()(command)
     settings = typer.Typer(help="Show and change settings.", no_args_is_help=True)
@@ -51,6 +52,7 @@ def make_app() -> typer.Typer:
     app.add_typer(settings, name="config")
     add_operators_commands(app)
     add_key_commands(app)
+    add_batch_commands(app)
     return app
 
 
@@ -69,9 +71,16 @@ def _say_version(wanted: bool) -> None:
 
 
 def up(
-    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers of each pool.")] = 1,
-    decode: Annotated[int, typer.Option(min=1, help="Decode workers of each pool.")] = 1,
+    prefill: Annotated[int | None, typer.Option(min=0, show_default="1", help="Prefill workers of each pool.")] = None,
+    decode: Annotated[int | None, typer.Option(min=1, show_default="1", help="Decode workers of each pool.")] = None,
     embed: Annotated[int, typer.Option(min=0, help="Embed workers of each pool that makes embeddings.")] = 1,
+    batch: Annotated[int, typer.Option(min=0, help="Workers that run batches, of all pools.")] = 1,
+    autoscale: Annotated[
+        bool,
+        typer.Option(
+            "--autoscale", help="As many prefill and decode workers as are needed now (settings autoscale.*)."
+        ),
+    ] = False,
     host: Annotated[str | None, typer.Option(help="Address of the API (api.host).")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the API (api.port); 0 takes a free one.")] = None,
     redis_url: Annotated[str | None, typer.Option(help="Use this Redis (redis.url) and start none.")] = None,
@@ -83,7 +92,10 @@ def up(
     from pipeline.cli.up import Counts, run_up
 
     source = given(config, overrides, api__host=host, api__port=port, redis__url=redis_url)
-    raise typer.Exit(asyncio.run(run_up(source, Counts(prefill, decode, embed), with_sample=sample)))
+    counts = Counts(1 if prefill is None else prefill, decode or 1, embed, batch)
+    if autoscale and (prefill, decode) != (None, None):
+        raise ConfigError("--autoscale: leave out --prefill and --decode, [autoscale] says how many there are")
+    raise typer.Exit(asyncio.run(run_up(source, counts, with_sample=sample, autoscale=autoscale)))
 
 
 def api(config: ConfigOption = None, overrides: SetOption = None) -> None:
@@ -98,7 +110,7 @@ def api(config: ConfigOption = None, overrides: SetOption = None) -> None:
 
 def worker(
     stage: Annotated[
-        str, typer.Argument(help="prefill, decode, embed, or the queue of a stage of your own (with --app).")
+        str, typer.Argument(help="prefill, decode, embed, batch, or the queue of a stage of your own (with --app).")
     ],
     app: Annotated[
         str | None,
@@ -113,19 +125,19 @@ def worker(
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """Run one worker in this process: of prefill, of decode, of embed, or of a stage of your own.
+    """Run one worker in this process: of prefill, of decode, of embed, of batches (of all pools), or of a stage of your own.
 
     A stage of your own needs no engine: its tasks are functions of the module that --app names.
     """
     own = [word for flag, value in (("--pool", pool), ("--name", name)) if value for word in (flag, value)]
     if app:
         own += ["--app", app]
-    elif stage not in (stages := (*STAGES, EMBED)):
+    elif stage not in (stages := (*STAGES, EMBED, BATCH)):
         hint = nearest(stage, stages)
         raise ConfigError(f"{stage} is none of {', '.join(stages)}{hint or ';'} a queue of your own needs --app MODULE")
     source = given(config, overrides, worker__concurrency=concurrency)
     pools = source.settings().pools
-    if pool is None and len(pools) > 1:
+    if pool is None and len(pools) > 1 and stage != BATCH:
         raise ConfigError(f"--pool: which one of {', '.join(pools)}?")
     if pool is not None and pool not in pools:
         raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, pools)}")
@@ -134,6 +146,30 @@ def worker(
         source = given(config, [*(overrides or ()), of_pool], worker__concurrency=concurrency)
         source.settings()  # says what an engine can be
     _become("workers", [stage, *own], source)
+
+
+def autoscale(
+    pool: Annotated[list[str] | None, typer.Option("--pool", help="Only this pool; repeatable.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say why at every look, not only when something changes.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print decisions; start and stop nothing.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="One decision, printed, as --dry-run, then the end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with --dry-run and --once.")] = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Start and drain workers on this machine, as many as each pool needs now, until Ctrl-C. The settings autoscale.* say what is
+    promised, and how many there may be. Workers that others started count, and are left alone."""
+    from pipeline.cli.autoscale import run_autoscale, show_decisions
+
+    source = given(config, overrides)
+    if dry_run or once:
+        asyncio.run(show_decisions(source, pool or (), once=once, as_json=as_json))
+        return
+    if as_json:
+        raise ConfigError("--json is for --dry-run and --once")
+    raise typer.Exit(asyncio.run(run_autoscale(source, pool or (), explain=explain)))
 
 
 def chat(
@@ -146,7 +182,8 @@ def chat(
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """Talk to a model in the terminal; each answer ends with where its time went."""
+    """Talk to a model in the terminal; each answer ends with where its time went. Where the API needs a key, it is the one in
+    BATON_API_KEY."""
     from pipeline.cli.chat import Question, run_chat
 
     source = given(config, overrides)

@@ -1,4 +1,5 @@
-"""The processes of one `baton up`: started bound to this one, their lines printed with their name, started again, stopped.
+"""The processes of one command, such as `baton up`: started bound to this one, their lines printed with their name, started again,
+stopped.
 
 A child leads its own session, so Ctrl-C in the terminal reaches this process alone, which stops them in order; the kernel
 kills them when this process ends in any other way.
@@ -12,6 +13,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.text import Text
@@ -29,8 +32,29 @@ class ChildEnded(BatonError):
     code = "child_ended"
 
 
+class Lines(Protocol):
+    """Where the lines of processes go."""
+
+    def line(self, name: str, text: str) -> None:
+        """Takes a line of a process."""
+        ...
+
+
+class LogFiles:
+    """A file for each name, which grows: `prefill-0.log`. Who moves one away finds a new one at the next line."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def line(self, name: str, text: str) -> None:
+        """Adds a line to the file of a process."""
+        with (self._folder / f"{name}.log").open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
+
 class Terminal:
-    """Where all processes print: `name | line`, a colour for each name, one writer so that lines never mix."""
+    """Where all processes print: `name | line`, a colour for each name, one writer so that lines never mix. Names may come later, too."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
@@ -43,7 +67,8 @@ class Terminal:
         if self._held is not None:
             self._held.append((name, text))
             return
-        prefix = (f"{name:<{self._width}} | ", self._colours[name])
+        colour = self._colours.setdefault(name, _COLOURS[len(self._colours) % len(_COLOURS)])
+        prefix = (f"{name:<{self._width}} | ", colour)
         self._console.print(Text.assemble(prefix, Text.from_ansi(text)))
 
     def write(self, text: str) -> None:
@@ -65,13 +90,13 @@ class Terminal:
 class Child:
     """One process, started any number of times; `command` is asked anew for each start."""
 
-    def __init__(self, name: str, command: Callable[[], list[str]], env: Mapping[str, str], terminal: Terminal) -> None:
+    def __init__(self, name: str, command: Callable[[], list[str]], env: Mapping[str, str], lines: Lines) -> None:
         self.name = name
         self._command = command
         self._env = env
-        self._terminal = terminal
+        self._lines = lines
         self._process: asyncio.subprocess.Process | None = None
-        self._lines: asyncio.Task[None] | None = None
+        self._printing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Starts it; the call must come from the main thread (see `pipeline.processes`)."""
@@ -84,20 +109,25 @@ class Child:
             start_new_session=True,
         )
         assert self._process.stdout is not None
-        self._lines = asyncio.create_task(self._print_lines(self._process.stdout))
+        self._printing = asyncio.create_task(self._print_lines(self._process.stdout))
 
     @property
     def is_running(self) -> bool:
         """Whether it was started and has not ended."""
         return self._process is not None and self._process.returncode is None
 
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs, and before it was started."""
+        return None if self._process is None else self._process.returncode
+
     async def ended(self) -> int:
         """Waits until it ends and its last lines are printed; returns its exit code, negative for a signal."""
-        assert self._process is not None and self._lines is not None
+        assert self._process is not None and self._printing is not None
         code = await self._process.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_LINES_S):
-                await asyncio.shield(self._lines)
+                await asyncio.shield(self._printing)
         return code
 
     async def stop(self, grace_s: float) -> None:
@@ -110,7 +140,7 @@ class Child:
             async with asyncio.timeout(grace_s):
                 await asyncio.shield(self.ended())
         except TimeoutError:
-            self._terminal.line(self.name, f"did not end within {grace_s:g} s: killed")
+            self._lines.line(self.name, f"did not end within {grace_s:g} s: killed")
             self.kill()
             await self.ended()
         self._let_go(self._process)
@@ -118,8 +148,8 @@ class Child:
     def _let_go(self, process: asyncio.subprocess.Process) -> None:
         """Close our end of its pipe while the loop runs: a process that outlives it may hold the other one for ever, and what is
         closed after the loop complains."""
-        assert self._lines is not None
-        self._lines.cancel()
+        assert self._printing is not None
+        self._printing.cancel()
         process._transport.close()  # type: ignore[attr-defined]  # asyncio has no public way
 
     def kill(self) -> None:
@@ -138,9 +168,9 @@ class Child:
         while data := await pipe.read(65536):
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                self._terminal.line(self.name, line.decode(errors="replace"))
+                self._lines.line(self.name, line.decode(errors="replace"))
         if rest:
-            self._terminal.line(self.name, rest.decode(errors="replace"))
+            self._lines.line(self.name, rest.decode(errors="replace"))
 
 
 class Restarts:

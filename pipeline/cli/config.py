@@ -18,10 +18,12 @@ from pipeline.settings_file import Key, Value, known_keys, nearest
 from pipeline.snapshot import set_router, take_snapshot
 from pipeline.wording import without_passwords
 
+SECRETS = ("files.storage_options", "batches.webhook_secret")  # settings that are not shown
+
 
 def show_settings(source: Given, *, as_json: bool) -> None:
     """Every key as a line of TOML with its source."""
-    values = {path: _masked(value) for path, value in source.values().items()}
+    values = {path: _masked(path, value) for path, value in source.values().items()}
     if as_json:
         print(json.dumps({path: value._asdict() for path, value in values.items()}))
         return
@@ -43,7 +45,7 @@ def get_setting(source: Given, key: str, *, as_json: bool) -> None:
 def show_variables(source: Given, *, as_json: bool) -> None:
     """Every variable, as a line of a shell or as one object."""
     values = source.values()
-    variables = {key.env: _masked(values[key.path]).value for key in _keys(source.settings())}
+    variables = {key.env: _masked(key.path, values[key.path]).value for key in _keys(source.settings())}
     if as_json:
         print(json.dumps(variables))
         return
@@ -84,9 +86,11 @@ def _toml_path(path: str) -> str:
     return f'pools."{name}".{field}' if "." in name else path
 
 
-def _masked(value: Value) -> Value:
-    """The value without the passwords that an address may carry."""
+def _masked(path: str, value: Value) -> Value:
+    """The value without the passwords that it may carry."""
     text: Any = value.value
+    if path in SECRETS and text:
+        return value._replace(value="***")
     if not isinstance(text, str) or "://" not in text:
         return value
     return value._replace(value=without_passwords(text))

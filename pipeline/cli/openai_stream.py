@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from pipeline.errors import RequestFailed
+from pipeline.cli.api_calls import refusal, unreachable
 from pipeline.exits import NoAnswer
 
 
@@ -29,10 +29,8 @@ async def stream_chat(http: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIte
     request = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
         async with http.stream("POST", "/v1/chat/completions", json=request) as response:
-            if response.is_client_error:
-                raise RequestFailed(f"the API refuses this: {_message(await response.aread())}")
             if response.status_code != httpx.codes.OK:
-                raise NoAnswer(f"the API answered {response.status_code}: {_message(await response.aread())}")
+                raise refusal(http.headers, response.status_code, await response.aread())
             async for line in response.aiter_lines():
                 data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
                 if data == "[DONE]":
@@ -40,9 +38,7 @@ async def stream_chat(http: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIte
                 if data:
                     yield _delta(json.loads(data))
     except httpx.TransportError as error:
-        raise NoAnswer(
-            f"no answer from {http.base_url}: {error or type(error).__name__}; is `baton up` running?"
-        ) from error
+        raise unreachable(http.base_url, error) from error
     raise NoAnswer("the stream ended without [DONE]: the answer is not complete")
 
 
@@ -52,10 +48,3 @@ def _delta(chunk: dict[str, Any]) -> Delta:
     choice = chunk["choices"][0] if chunk["choices"] else {}
     text = choice.get("delta", {}).get("content") or ""
     return Delta(chunk["id"], text, choice.get("finish_reason"), chunk.get("usage"))
-
-
-def _message(body: bytes) -> str:
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace")[:200]

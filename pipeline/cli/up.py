@@ -4,7 +4,9 @@
 2. Redis: the one of the settings, else a private one of this folder.
 3. Who may ask: an address that others reach needs API keys, or a word that it needs none.
 4. The API and the workers, each a process of its own; a child that ends before all are ready ends everything.
-5. Ready: Redis lists every worker and the API answers `/ready`.
+5. Ready: Redis lists every worker, rq every batch worker, and the API answers `/ready`.
+   With --autoscale prefill and decode workers come and go as `[autoscale]` says (`pipeline/cli/supervisor.py`): here then as many as
+   there are at least, which may be none.
 6. One sample answer through the real endpoint, and a line to paste.
 7. Serve. A process that ends is started again, later each time.
 8. Ctrl-C or SIGTERM: the API first, so that streams finish; then the workers; then Redis. A second one kills.
@@ -14,10 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -32,9 +32,12 @@ import httpx
 import msgspec
 
 from pipeline.api_keys import check_exposure, needs_key
+from pipeline.cli.autoscale import drain_all, run_all, supervisors
 from pipeline.cli.children import Child, ChildEnded, Restarts, Terminal
 from pipeline.cli.openai_stream import stream_chat
 from pipeline.cli.options import Given, api_headers, api_url
+from pipeline.cli.supervisor import PoolSupervisor
+from pipeline.cli.worker_processes import Worker, WorkerPlace, WorkerProcesses
 from pipeline.config import PoolSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, RedisUnavailable
@@ -42,11 +45,11 @@ from pipeline.exits import Exit, PortTaken, exit_for
 from pipeline.key_store import KeyStore, read_keys_file
 from pipeline.keys import PoolKeys
 from pipeline.processes import ending
-from pipeline.queue import EMBED, PoolQueue
+from pipeline.queue import BATCH, EMBED, STAGES
 from pipeline.redis_server import RedisServer, find_server
+from pipeline.scaling.policy import check
 from pipeline.settings_file import load_settings
 from pipeline.snapshot import take_snapshot
-from pipeline.wording import counted
 
 SAMPLE_QUESTION = "What is Baton?"
 READY_LIMIT_S = 600.0  # a first start may download a model
@@ -54,19 +57,23 @@ _LOOK_S = 0.1
 
 
 class Counts(NamedTuple):
-    """Workers of each pool; of `embed` where the pool makes embeddings."""
+    """Workers of each pool; of `embed` where the pool makes embeddings; of `batch` for all pools together."""
 
     prefill: int
     decode: int
     embed: int = 1
+    batch: int = 0
 
 
-async def run_up(source: Given, counts: Counts, *, with_sample: bool) -> int:
+async def run_up(source: Given, counts: Counts, *, with_sample: bool, autoscale: bool = False) -> int:
     """Runs until it is told to stop; returns the exit code. Errors are printed, since children print until the end."""
     settings = source.settings()
     port = free_port(settings.api.host, settings.api.port)
     settings = msgspec.structs.replace(settings, api=msgspec.structs.replace(settings.api, port=port))
-    return await Up(source, settings, counts, with_sample=with_sample).run()
+    if autoscale:
+        check(settings.autoscale)
+        counts = counts._replace(prefill=0, decode=0)
+    return await Up(source, settings, counts, with_sample=with_sample, autoscale=autoscale).run()
 
 
 def free_port(host: str, port: int) -> int:
@@ -84,40 +91,28 @@ def free_port(host: str, port: int) -> int:
         ) from error
 
 
-class WorkerPlace(NamedTuple):
-    """Where a worker stands; `label` is its name on the terminal."""
-
-    pool: str
-    stage: str
-    number: int
-    label: str
-
-
-@dataclasses.dataclass
-class Worker:
-    """A worker's process and the name that it was started with last."""
-
-    place: WorkerPlace
-    child: Child
-    name: str = ""
-
-
 def worker_places(pools: Mapping[str, PoolSettings], counts: Counts) -> list[WorkerPlace]:
-    """The workers of each pool; labels name the pool where there are several."""
+    """The workers of each pool, then those of all pools; labels name the pool where there are several."""
     prefix = {pool: f"{pool}." if len(pools) > 1 else "" for pool in pools}
-    return [
-        WorkerPlace(pool, stage, number, f"{prefix[pool]}{stage}-{number}")
+    wanted = [
+        (pool, stage, prefix[pool])
         for pool, settings in pools.items()
-        for stage, count in counts._asdict().items()
+        for stage in (*STAGES, EMBED)
         if stage != EMBED or settings.embeddings
-        for number in range(count)
+    ]
+    return [
+        WorkerPlace(pool, stage, number, f"{before}{stage}-{number}")
+        for pool, stage, before in (*wanted, ("", BATCH, ""))
+        for number in range(getattr(counts, stage))
     ]
 
 
 class Up:
     """One run of everything. See the module's docstring."""
 
-    def __init__(self, source: Given, settings: Settings, counts: Counts, *, with_sample: bool) -> None:
+    def __init__(
+        self, source: Given, settings: Settings, counts: Counts, *, with_sample: bool, autoscale: bool = False
+    ) -> None:
         self._source = source
         self._settings = settings
         self._with_sample = with_sample
@@ -126,7 +121,18 @@ class Up:
         self._redis: RedisServer | None = None
         self._url = settings.redis.url
         self._api = self._child("api", lambda: self._module("api"))
-        self._workers = [self._worker(place) for place in places]
+        self._processes = WorkerProcesses(
+            self._module,
+            self._connection,
+            self._terminal,
+            self._say,
+            max_attempts=settings.worker.max_attempts,
+            batches=settings.batches,
+        )
+        self._workers = [self._processes.make(place) for place in places]
+        self._autoscales = autoscale
+        self._supervisors: list[PoolSupervisor] = []
+        self._stack = contextlib.AsyncExitStack()
         self._is_ready = False
         self._needs_key = False
         self._signals = 0
@@ -165,10 +171,12 @@ class Up:
         started_s = time.monotonic()
         await self._start_redis(group)
         await self._check_keys()
-        self._say(f"starting the API and {len(self._workers)} workers (PyTorch and the model take a moment)")
+        self._say(f"starting the API and {self._workers_in_words()} (PyTorch and the model take a moment)")
         for child in (self._api, *(worker.child for worker in self._workers)):
             await child.start()
             group.create_task(self._keep_running(child))
+        if self._autoscales:
+            await self._scale(group)
         await self._wait_ready()
         self._say(f"ready after {time.monotonic() - started_s:.1f} s: {self._base_url}")
         if self._with_sample:
@@ -190,6 +198,16 @@ class Up:
         await asyncio.to_thread(self._redis.wait_ready)
         group.create_task(self._keep_redis_running(self._redis))
 
+    async def _scale(self, group: asyncio.TaskGroup) -> None:
+        """Let workers come and go from now on. Raises PoolTaken."""
+        connection = await self._stack.enter_async_context(self._connection())
+        self._supervisors = supervisors(
+            self._settings, list(self._settings.pools), connection, self._processes, self._say
+        )
+        for supervisor in self._supervisors:
+            await supervisor.take()
+        group.create_task(run_all(self._supervisors))
+
     async def _check_keys(self) -> None:
         """Raises ConfigError where the API would listen for others and nobody had said who may ask it."""
         api = self._settings.api
@@ -199,15 +217,31 @@ class Up:
         self._needs_key = needs_key(api.auth, api.host, has_keys=has_keys)
 
     async def _wait_ready(self) -> None:
-        """Until Redis lists every worker that was started and the API says that it is ready."""
+        """Until Redis and rq list every worker that was started and the API says that it is ready."""
         try:
             async with asyncio.timeout(READY_LIMIT_S), self._connection() as connection, self._http() as http:
                 for worker in self._workers:
-                    await _registered(connection, worker)
+                    is_batch = worker.place.stage == BATCH
+                    await (self._listed_by_rq(worker) if is_batch else _registered(connection, worker))
                     self._terminal.line(worker.place.label, "registered")
+                for supervisor in self._supervisors:
+                    await supervisor.is_ready.wait()
                 await _answers_ok(http, "/ready")
         except TimeoutError:
             raise ChildEnded(f"not everything was ready within {READY_LIMIT_S:g} s: see the lines above") from None
+
+    async def _listed_by_rq(self, worker: Worker) -> None:
+        from pipeline.batches.jobs import BatchQueue  # here: while the engines start, there is time to import rq
+
+        batches = BatchQueue(msgspec.structs.replace(self._settings.redis, url=self._url), self._settings.rq)
+        try:
+            while True:
+                with contextlib.suppress(RedisUnavailable):
+                    if worker.name in await asyncio.to_thread(batches.workers):
+                        return
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            batches.close()
 
     async def _stream_sample(self) -> None:
         model, pool = next(iter(self._settings.pools.items()))
@@ -264,22 +298,9 @@ class Up:
             self._say(f"{child.name} {ending(code)}: starting it again in {delay_s:g} s")
             for worker in self._workers:
                 if worker.child is child:
-                    await self._give_back_tasks_of(worker)
+                    await self._processes.give_back_tasks_of(worker)
             await asyncio.sleep(delay_s)
             await child.start()
-
-    async def _give_back_tasks_of(self, worker: Worker) -> None:
-        """What a dead worker held waits again now, not when its leases run out."""
-        try:
-            async with self._connection() as connection:
-                queue = PoolQueue(connection, worker.place.pool)
-                attempts = self._settings.worker.max_attempts
-                count = await queue.evict(worker.place.stage, worker.name, max_attempts=attempts)
-        except BatonError as error:
-            self._say(f"{worker.name}: its tasks wait for their leases to run out: {error}")
-            return
-        if count:
-            self._say(f"{worker.name} held {counted(count, 'task')}: waiting for another worker")
 
     async def _keep_redis_running(self, server: RedisServer) -> None:
         restarts = Restarts()
@@ -306,13 +327,17 @@ class Up:
         self._say("killing everything")
         for child in (self._api, *(worker.child for worker in self._workers)):
             child.kill()
+        for supervisor in self._supervisors:
+            supervisor.kill()
 
     async def _drain(self) -> None:
         settings = self._settings
         if self._api.is_running:
             self._say(f"stopping: streams may finish for {settings.api.shutdown_grace_s:g} s (Ctrl-C again kills)")
         await self._api.stop(settings.api.shutdown_grace_s + 5)
-        await asyncio.gather(*(worker.child.stop(settings.worker.drain_s + 5) for worker in self._workers))
+        others = (worker.child.stop(settings.worker.drain_s + 5) for worker in self._workers)
+        await asyncio.gather(drain_all(self._supervisors), *others)
+        await self._stack.aclose()
         if self._redis is not None:
             await asyncio.to_thread(self._redis.stop)
         self._say("stopped")
@@ -326,20 +351,16 @@ class Up:
     def _say(self, text: str) -> None:
         self._terminal.line("baton", text)
 
+    def _workers_in_words(self) -> str:
+        beside = " and workers as [autoscale] says" if self._autoscales else ""
+        return f"{len(self._workers)} workers{beside}"
+
     def _child(self, name: str, command: Callable[[], list[str]]) -> Child:
         return Child(name, command, {**os.environ, "PYTHONUNBUFFERED": "1"}, self._terminal)
 
     def _module(self, *words: str) -> list[str]:
         chosen = ["--set", f"redis.url={self._url}", "--set", f"api.port={self._settings.api.port}"]
         return [sys.executable, "-m", *words, *self._source.arguments(), *(chosen if self._redis else chosen[2:])]
-
-    def _worker(self, place: WorkerPlace) -> Worker:
-        def command() -> list[str]:
-            worker.name = f"{place.stage}-{place.number}-{secrets.token_hex(3)}"  # never taken for its predecessor
-            return self._module("workers", place.stage, "--pool", place.pool, "--name", worker.name)
-
-        worker = Worker(place, self._child(place.label, command))
-        return worker
 
     def _http(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(

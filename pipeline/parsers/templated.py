@@ -80,6 +80,11 @@ class TemplatedParser:
         self._body: list[str] = []
         self._calls = 0
 
+    @property
+    def is_torn(self) -> bool:
+        """Never: a call is given out when it is complete."""
+        return False
+
     def push(self, text: str) -> list[Part]:
         """The parts that this text makes certain."""
         return self._parts(self._parser.feed(text)) if text else []

@@ -32,6 +32,16 @@ local function count_waiting(stage, lane, tokens, by)
   count('tokens:' .. stage .. ':' .. lane, by * tonumber(tokens) + 0) -- of no tokens: -0 is no integer to Redis
 end
 
+-- A task begins (by = 1) or ends (by = -1) to run. Decode runs choices, the other stages tasks. By priority: a worker's own lane is none.
+local function count_running(stage, priority, n, by)
+  count('running:' .. stage .. ':' .. priority, by * (stage == 'decode' and tonumber(n) or 1))
+end
+
+-- Prompt tokens that decode computes for want of a prefill worker, which is demand for one.
+local function count_local(priority, tokens)
+  count('local:' .. priority, tonumber(tokens))
+end
+
 local function ring(stage)
   redis.call('PUBLISH', key_bell(stage), cmsgpack.pack({'bell', stage}))
 end
@@ -121,7 +131,7 @@ end
 local function finish(id, state, reason, by, result)
   local req = key_req(id)
   local h = redis.call('HMGET', req, 'state', 'reason', 'stage', 'lane', 'entry', 'owner', 'epoch', 'api', 'watch',
-    'handle_id', 'handle_owner', 'n', 'tokens', 'cached', 'ttl', 'idem', 'notify', 'holder')
+    'handle_id', 'handle_owner', 'n', 'tokens', 'cached', 'ttl', 'idem', 'notify', 'holder', 'priority')
   if not h[1] then return {'gone', ''} end
   if is_ended(h[1]) then return {h[1], h[2]} end
   redis.call('ZREM', key_deadlines(), id) -- a first write that Redis allows when memory is full lets the rest through
@@ -131,6 +141,7 @@ local function finish(id, state, reason, by, result)
   if h[18] then redis.call('SREM', key_held(h[18]), id) end
   if h[1] == 'running' then
     ack(h[3], h[4], h[5])
+    count_running(h[3], h[19], h[12], -1)
   else
     count_waiting(h[3], h[4], h[13], -1)
     -- an entry that nobody has been given stays: the next claim or sweep deletes it
@@ -143,6 +154,7 @@ local function finish(id, state, reason, by, result)
     redis.call('EXPIRE', key_log(id, choice), h[15])
     redis.call('EXPIRE', key_probs(id, choice), h[15])
   end
+  redis.call('EXPIRE', key_pprobs(id), h[15])
   redis.call('HSET', req, 'state', state, 'reason', reason, 't_ended', now_us(), 'completion', completion)
   if result and result ~= '' then redis.call('HSET', req, 'result', result) end
   local timeline = redis.call('HMGET', req, 't_admitted', 't_claimed_prefill', 't_handover', 't_claimed_decode', 't_fetched',
@@ -155,6 +167,7 @@ local function finish(id, state, reason, by, result)
   publish(id, h[8] ~= '' and h[8] or h[17], h[9], cmsgpack.pack({{'e', id, state, reason, tonumber(h[13]), completion, tonumber(h[14] or 0), h[3],
     timeline}}))
   count('ended:' .. state, 1)
+  if state == 'done' then count('answered', completion) end
   redis.call('EXPIRE', req, h[15])
   if h[16] and h[16] ~= '' then redis.call('EXPIRE', key_idem(h[16]), h[15]) end
   event(EVENT_OF[state], id, h[3], h[4], h[6], reason)
@@ -185,7 +198,7 @@ end
 -- 'always' or 'stuck' (when it made no progress): it may be what killed its engine, so it runs alone the next time.
 local function park(id, counts, max_attempts, why, delay_ms, suspect)
   local req = key_req(id)
-  local h = redis.call('HMGET', req, 'stage', 'lane', 'entry', 'tokens', 'n', 'claimed_length', 'owner', 'suspect')
+  local h = redis.call('HMGET', req, 'stage', 'lane', 'entry', 'tokens', 'n', 'claimed_length', 'owner', 'suspect', 'priority')
   local stage, lane, entry = h[1], h[2], h[3]
   redis.call('XCLAIM', key_lane(stage, lane), GROUP, delay_ms > 0 and DELAYED or PARKED, 0, entry, 'JUSTID')
   local is_stuck = log_length(id, h[5]) == tonumber(h[6])
@@ -204,6 +217,7 @@ local function park(id, counts, max_attempts, why, delay_ms, suspect)
   local has_engine = stage == 'prefill' or stage == 'decode' -- of others only the worker knows: it says 'always'
   local runs_alone = suspect == 'always' or (is_stuck and (h[8] == '1' or (has_engine and suspect == 'stuck')))
   redis.call('HSET', req, 'state', 'queued', 'owner', '', 'suspect', runs_alone and '1' or '')
+  count_running(stage, h[9], h[5], -1)
   count_waiting(stage, lane, h[4], 1)
   event('task-retried', id, stage, lane, h[7], why)
   if delay_ms > 0 then

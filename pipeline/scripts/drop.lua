@@ -10,6 +10,7 @@ if h[1] and h[1] ~= 'dead' then return {'kept', h[1]} end
 redis.call('XDEL', key_dead(), entry)
 if h[1] then
   for choice = 0, tonumber(h[2]) - 1 do redis.call('DEL', key_log(id, choice), key_probs(id, choice)) end
+  redis.call('DEL', key_pprobs(id))
   if h[3] and h[3] ~= '' and redis.call('GET', key_idem(h[3])) == id then redis.call('DEL', key_idem(h[3])) end
   redis.call('DEL', req)
 end

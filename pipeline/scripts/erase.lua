@@ -10,6 +10,7 @@ local h = redis.call('HMGET', req, 'state', 'n', 'idem')
 if not h[1] then return {'gone', ''} end
 if not is_ended(h[1]) then return {'kept', h[1]} end
 for choice = 0, tonumber(h[2]) - 1 do redis.call('DEL', key_log(id, choice), key_probs(id, choice)) end
+redis.call('DEL', key_pprobs(id))
 if h[3] and h[3] ~= '' and redis.call('GET', key_idem(h[3])) == id then redis.call('DEL', key_idem(h[3])) end
 redis.call('HDEL', req, 'body', 'result', 'idem')
 return {'erased', h[1]}

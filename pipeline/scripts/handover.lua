@@ -42,5 +42,6 @@ end
 redis.call('HSET', req, 'handover_to', 'decode', 'attempts', 0, 'suspect', '')
 if handle ~= '' then redis.call('HSET', req, 'handle', handle, 'handle_id', handle_id, 'handle_owner', handle_owner) end
 event('task-handed-over', id, 'prefill', h[5], worker, '')
+count_running('prefill', h[16], h[9], -1)
 enqueue(id, 'decode', lane ~= '' and lane or h[16], h[10], h[11], h[12])
 return {'ok', 'decode'}

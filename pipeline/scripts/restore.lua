@@ -8,7 +8,7 @@ local r = request_of(ARGV)
 local req = key_req(r.id)
 allow_writes()
 
-local h = redis.call('HMGET', req, 'state', 'stage', 'lane', 'entry', 'owner', 'epoch', 'tokens')
+local h = redis.call('HMGET', req, 'state', 'stage', 'lane', 'entry', 'owner', 'epoch', 'tokens', 'priority')
 if h[1] and is_ended(h[1]) then return {'ended', h[1]} end
 local lacks = not h[1]
 for choice = 0, tonumber(r.n) - 1 do
@@ -37,6 +37,7 @@ else
   if h[1] == 'running' then
     redis.call('XCLAIM', key_lane(h[2], h[3]), GROUP, PARKED, 0, h[4], 'JUSTID')
     redis.call('HSET', req, 'state', 'queued', 'owner', '')
+    count_running(h[2], h[8], r.n, -1)
     count_waiting(h[2], h[3], h[7], 1)
     redis.call('PUBLISH', key_ctl(h[5]), cmsgpack.pack({'cancel', r.id, tonumber(h[6])}))
     ring(h[2])

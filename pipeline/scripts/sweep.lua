@@ -62,7 +62,7 @@ for _, stage in ipairs({'prefill', 'decode'}) do
   if redis.call('SADD', key_stages(), stage) == 1 then stages[#stages + 1] = stage end
 end
 
-local lanes = {}
+local lanes, runs = {}, {} -- runs: stages in which some task is in a worker's hands
 for _, stage in ipairs(stages) do
   for _, lane in ipairs({'high', 'default', 'low'}) do lanes[#lanes + 1] = {stage, lane} end
   for _, name in ipairs(redis.call('ZRANGE', key_alive(stage), 0, -1)) do lanes[#lanes + 1] = {stage, '@' .. name, name} end
@@ -74,6 +74,7 @@ local function park_expired(stage, lane, lane_key)
     local c = {}
     for i = 1, #row, 2 do c[row[i]] = row[i + 1] end
     if c.pending > 0 and c.name ~= PARKED and c.name ~= DELAYED then
+      runs[stage] = true
       local own_ms = tonumber(redis.call('HGET', key_worker(c.name), 'lease') or 0) -- settings of processes may differ
       local idle_ms = math.max(lease_ms, own_ms)
       for _, p in ipairs(redis.call('XPENDING', lane_key, GROUP, 'IDLE', idle_ms, '-', '+', LIMIT, c.name)) do
@@ -95,6 +96,7 @@ end
 local function move_to(stage, from, lane, e)
   count_waiting(from, lane, e.tokens, -1)
   enqueue(e.id, stage, e.priority, e.tokens, e.blocks, e.v)
+  if stage ~= from then count_local(e.priority, e.tokens) end
   moved = moved + 1
 end
 
@@ -143,6 +145,14 @@ for _, l in ipairs(lanes) do
     if may_reclaim and owner and tonumber(redis.call('ZSCORE', key_alive(stage), owner)) < now_ms then move = stage end
     if stage == 'prefill' and to_decode then move = 'decode' end
     visit_waiting(stage, lane, lane_key, move)
+  end
+end
+
+-- Where nothing runs, nothing is counted as running: what a process of the version before left uncounted ends here.
+for _, stage in ipairs(may_reclaim and stages or {}) do
+  for _, priority in ipairs({'high', 'default', 'low'}) do
+    local field = 'running:' .. stage .. ':' .. priority
+    if not runs[stage] and (redis.call('HGET', key_counters(), field) or '0') ~= '0' then redis.call('HSET', key_counters(), field, 0) end
   end
 end
 

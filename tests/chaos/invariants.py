@@ -174,7 +174,7 @@ async def left_in_redis(fleet: Fleet) -> dict[str, Any]:
     """Tasks, deliveries, requests, handles, deadlines, delayed tasks, and counters that say otherwise than the streams."""
     command, keys = fleet.system.connection.command, fleet.system.keys
     left: dict[str, Any] = dict(await fleet.system.at_rest())
-    waiting: collections.Counter[str] = collections.Counter()
+    counted: collections.Counter[str] = collections.Counter()
     for key in (key.decode() for key in await command("KEYS", keys.root + "*")):
         name = key.removeprefix(keys.root)
         if name.startswith(("req:", "log:")):
@@ -185,10 +185,12 @@ async def left_in_redis(fleet: Fleet) -> dict[str, Any]:
         if name.startswith("q:"):
             if pending := await pending_of(fleet, key):
                 left[f"{name} pending"] = pending
-            waiting += await waiting_on(fleet, key)
-    kept = {k: v for k, v in (await counters_of(fleet)).items() if k.startswith(("waiting:", "tokens:")) and v}
-    if kept != waiting:
-        left["counters of what waits"] = f"{kept}, but the streams say {dict(waiting)}"
+            counted += await counted_on(fleet, key)
+    kept = {
+        k: v for k, v in (await counters_of(fleet)).items() if k.startswith(("waiting:", "tokens:", "running:")) and v
+    }
+    if kept != counted:
+        left["counters of what waits and runs"] = f"{kept}, but the streams say {dict(counted)}"
     for role in ("prefill", "decode"):
         names = {member.name for member in fleet.of(role)}
         if names != (alive := set(await fleet.system.alive(role))):
@@ -206,16 +208,21 @@ async def pending_of(fleet: Fleet, lane_key: str) -> int:
     return int((await command("XPENDING", lane_key, GROUP))["pending"])
 
 
-async def waiting_on(fleet: Fleet, lane_key: str) -> collections.Counter[str]:
+async def counted_on(fleet: Fleet, lane_key: str) -> collections.Counter[str]:
     """What the counters of a lane should say, from its entries and the requests behind them."""
     command, keys = fleet.system.connection.command, fleet.system.keys
     _, stage, lane = lane_key.removeprefix(keys.root).split(":", 2)
     found: collections.Counter[str] = collections.Counter()
     for entry, row in await command("XRANGE", lane_key, "-", "+"):
-        state = await command("HMGET", keys.request(row[b"id"].decode()), "state", "stage", "lane", "entry")
-        if state == [b"queued", stage.encode(), lane.encode(), entry]:
+        request = keys.request(row[b"id"].decode())
+        state, priority, n, *place = await command("HMGET", request, "state", "priority", "n", "stage", "lane", "entry")
+        if place != [stage.encode(), lane.encode(), entry]:
+            continue
+        if state == b"queued":
             found[f"waiting:{stage}:{lane}"] += 1
             found[f"tokens:{stage}:{lane}"] += int(row[b"tokens"])
+        elif state == b"running":
+            found[f"running:{stage}:{priority.decode()}"] += int(n) if stage == "decode" else 1
     return found
 
 

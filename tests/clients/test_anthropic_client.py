@@ -11,11 +11,10 @@ import pydantic
 import pytest
 import pytest_asyncio
 
-from pipeline.redis_server import RedisServer
-from tests.serving import Served, serving
+from tests.serving import Served
 from tests.system import POOL
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 QUESTION: Any = [{"role": "user", "content": "Tell me a short story about a runner."}]
 GREEDY = {"temperature": 0}  # which this client has no argument for any more
@@ -32,13 +31,7 @@ TOOL: Any = {
 }
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(default_redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    async with serving(default_redis_server, tmp_path_factory.mktemp("served"), f"pools.{POOL}.engine=torch") as served:
-        yield served
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def client(served: Served) -> AsyncIterator[anthropic.AsyncAnthropic]:
     async with anthropic.AsyncAnthropic(base_url=served.url, api_key="none", max_retries=0) as client:
         yield client

@@ -13,11 +13,10 @@ import pytest
 import pytest_asyncio
 from openai.lib.streaming.chat import ChunkEvent, FunctionToolCallArgumentsDoneEvent
 
-from pipeline.redis_server import RedisServer
-from tests.serving import Served, serving
+from tests.serving import Served
 from tests.system import POOL
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 QUESTION: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 PARAMETERS = {
@@ -39,15 +38,7 @@ class Weather(pydantic.BaseModel):
     warm: bool
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(default_redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    async with serving(
-        default_redis_server, tmp_path_factory.mktemp("clients"), f"pools.{POOL}.engine=torch"
-    ) as served:
-        yield served
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
     async with served.openai() as client:
         yield client

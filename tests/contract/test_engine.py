@@ -255,12 +255,12 @@ async def test_what_can_never_be_served_is_refused_with_its_reason(engines: Engi
             "leaves no room": request_of("r", prompt(8 * BLOCK)),
             "the prompt is empty": request_of("r", []),
             "n = 65": request_of("r", prompt(10), n=65),
-            "output_options.prompt_logprobs": with_output(plain, prompt_logprobs=1),
             "routing.lora_name": msgspec.structs.replace(plain, routing=RoutingHints(lora_name="other")),
         }
         if engines.kind == "mock":
             refused |= {
                 "output_options.logprobs": with_output(plain, logprobs=1),
+                "output_options.prompt_logprobs": with_output(plain, prompt_logprobs=1),
                 "sampling_options.guided_decoding": request_of("r", [1], guided_decoding=GuidedDecoding(regex="a")),
                 "sampling_options.frequency_penalty": request_of("r", prompt(10), frequency_penalty=0.5),
                 "sampling_options.logit_bias": request_of("r", prompt(10), logit_bias={"1": 1.0}),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from msgspec import structs
+
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
 from pipeline.logprobs import pack_logprobs
 from pipeline.protocol import FinishReason, LLMEngineOutput
-from pipeline.queue import StepItem, Verdict
+from pipeline.queue import PROMPT_PART_BYTES, StepItem, Verdict
 from tests.contract.test_scripts import API, DECODER, HANDLE, ID, PREFILLER, Story, reach
 
 
@@ -44,4 +46,34 @@ async def test_log_probabilities_stand_where_their_tokens_do(redis_url: str) -> 
     await story.queue.end(ID, "done", worker=DECODER, epoch=delivery.epoch)
     for choice in (0, 1):
         assert await connection.command("TTL", story.queue.keys.logprobs(ID, choice)) > 0
+    await connection.close()
+
+
+async def test_a_prompt_s_are_there_before_the_first_token_is_and_stay_what_they_were(redis_url: str) -> None:
+    connection = Connection(RedisSettings(url=redis_url))
+    story = Story(connection)
+    await reach(story, "running prefill")
+    records = bytes(range(251)) * (2 * PROMPT_PART_BYTES // 251)
+    first = LLMEngineOutput(ID, 0, 0, [10], prompt_logprobs=records)
+    await story.queue.keep_prompt(PREFILLER, ID, story.delivery.epoch, records[:PROMPT_PART_BYTES])
+    again = [structs.replace(first, prompt_logprobs=b"\0" * PROMPT_PART_BYTES + records[PROMPT_PART_BYTES:])]
+    for _ in range(2):  # the first attempt came as far as one part
+        await story.queue.handover(story.delivery, PREFILLER, again, HANDLE, cached_tokens=1)
+    assert await story.queue.prompt_logprobs(ID) == records
+    delivery = await story.claim("decode", DECODER, "second")
+    assert delivery is not None
+    recomputed = StepItem(
+        ID, API, delivery.epoch, LLMEngineOutput(ID, 0, 1, [11], prompt_logprobs=b"\1" * len(records))
+    )
+    assert await story.queue.step(DECODER, [recomputed]) == [Verdict.ACCEPTED]
+    assert await story.queue.prompt_logprobs(ID) == records
+    await connection.command(
+        "DEL", story.queue.keys.prompt_logprobs(ID)
+    )  # as Redis may lose it: who computes it brings it back
+    assert await story.queue.step(DECODER, [recomputed]) == [Verdict.ACCEPTED]
+    assert await story.queue.prompt_logprobs(ID) == b"\1" * len(records)
+    await story.queue.end(ID, "cancelled")
+    assert await connection.command("TTL", story.queue.keys.prompt_logprobs(ID)) > 0
+    await story.queue.erase(ID)
+    assert await story.queue.prompt_logprobs(ID) == b""
     await connection.close()

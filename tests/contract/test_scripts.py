@@ -5,6 +5,7 @@ The answer is the same each time, and so is what Redis holds afterwards. The tab
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,7 @@ import pytest
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
 from pipeline.errors import KeyBusy, QueueFull
+from pipeline.keys import PoolKeys
 from pipeline.protocol import (
     BackendInput,
     FinishReason,
@@ -28,6 +30,7 @@ from pipeline.protocol import (
     StopConditions,
 )
 from pipeline.queue import Admission, Delivery, LaneLook, Limits, PoolQueue, StepItem
+from pipeline.snapshot import text_pairs
 from tests.proxy import RedisProxy, Trap
 
 POOL, ID, API = "p", "p-request", "api-1"
@@ -202,6 +205,10 @@ async def _restored(story: Story) -> str:
     return f"{restored.state}: {standing.state} in {standing.stage}, {len(standing.log.tokens[0])} token(s)"
 
 
+async def _kept(story: Story) -> str:
+    return (await story.queue.keep_prompt(_owner(story), ID, story.delivery.epoch, b"records" * 9)).name.lower()
+
+
 async def _attached(story: Story) -> str:
     standing = await story.queue.attach(ID, watch=True)
     return f"{standing.state}, {len(standing.log.tokens[0])} token(s)" if standing else "unknown"
@@ -260,6 +267,7 @@ SCRIPTS: dict[str, Callable[[Story], Awaitable[str]]] = {
     "claim prefill": lambda story: _claimed(story, "prefill"),
     "claim decode": lambda story: _claimed(story, "decode"),
     "handover": _handed,
+    "prompt": _kept,
     "fetched": lambda story: _name(story.queue.fetched(story.delivery, _owner(story))),
     "step": _step,
     "end (owner)": lambda story: _ended(story, "done", _owner(story), story.delivery.epoch, b"kept"),
@@ -322,6 +330,20 @@ async def holds(connection: Connection) -> dict[str, Any]:
     return dump
 
 
+async def counts(connection: Connection) -> tuple[collections.Counter[str], collections.Counter[str]]:
+    """What the counters say of what waits and runs, and what the requests do."""
+    keys, kept, found = PoolKeys(POOL), collections.Counter[str](), collections.Counter[str]()
+    for name, value in text_pairs(await connection.command("HGETALL", keys.counters())).items():
+        if name.startswith(("waiting:", "running:")):
+            kept[name] = int(value)
+    for key in await connection.command("KEYS", keys.request("*")):
+        fields = await connection.command("HMGET", key, "state", "stage", "lane", "priority", "n")
+        state, stage, lane, priority, n = (field.decode() for field in fields)
+        found[f"waiting:{stage}:{lane}"] += state == "queued"
+        found[f"running:{stage}:{priority}"] += (state == "running") * (int(n) if stage == "decode" else 1)
+    return kept, found
+
+
 def _pending(groups: list[Any]) -> list[Any]:
     flat = [
         list(group.items()) if isinstance(group, dict) else list(zip(group[0::2], group[1::2], strict=True))
@@ -358,6 +380,8 @@ async def check(
     second = await call(once)
     assert second == first or call in (_swept, _evicted), f"{state}: the second call answers {second!r}, not {first!r}"
     assert await holds(direct) == after_once, f"{state}: the second call changed something"
+    kept, found = await counts(direct)
+    assert kept == found, f"{state}: the counters say {kept}, the requests {found}"
 
     await direct.command("FLUSHALL")
     again = Story(direct)

@@ -70,6 +70,7 @@ CONSTRAINTS: dict[str, GuidedDecoding] = {
     "regex": GuidedDecoding(regex=r"(ab|cd){3}-[0-9]{4}"),
     "choice": GuidedDecoding(choice=["the first of them", 'a "quoted" one', "über\n\\", "no"]),
     "grammar": GuidedDecoding(grammar='start: part* "."\npart: "<" /[a-z]{1,5}/ ">"'),
+    "ebnf": GuidedDecoding(grammar='root ::= part* "."\npart ::= "<" [a-z]{1,5} ">"'),
 }
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -210,7 +211,8 @@ async def test_a_log_that_leaves_its_grammar_fails_its_request_alone_and_names_t
         (GuidedDecoding(json='{"type": "strin"}'), "Invalid type: strin"),
         (GuidedDecoding(json='{"not": {"type": "string"}}'), "not"),
         (GuidedDecoding(regex="(a"), "unclosed group"),
-        (GuidedDecoding(grammar="root = nonsense"), "Expected token"),
+        (GuidedDecoding(grammar="root = nonsense"), "neither Lark"),
+        (GuidedDecoding(grammar="root ::= missing"), "'missing' not found"),
         (GuidedDecoding(choice=[]), "asks for nothing"),
         (GuidedDecoding(), "asks for nothing"),
     ],

@@ -26,7 +26,9 @@ FIFTY_MB = 50_000_000
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served(default_redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    async with serving(default_redis_server, tmp_path_factory.mktemp("served")) as served:
+    async with serving(
+        default_redis_server, tmp_path_factory.mktemp("served"), "engine.mock.max_num_seqs=100"
+    ) as served:
         yield served
 
 
@@ -58,6 +60,8 @@ def chat(**fields: Any) -> dict[str, Any]:
         (CHAT, chat(max_tokens=-1), 400, "invalid_request", "max_tokens"),
         (CHAT, chat(temperature=-1), 400, "invalid_request", "temperature"),
         (CHAT, chat(n="3"), 400, "invalid_request", "n"),
+        (CHAT, chat(n=101), 400, "invalid_request", "n"),
+        (TEXT, {"model": POOL, "prompt": ["a", "b"], "n": 101}, 400, "invalid_request", "n"),
         (CHAT, chat(seed=-(10**40)), 400, "invalid_request", "seed"),
         (CHAT, chat(audio={"voice": "x"}), 400, "unsupported_parameter", "audio"),
         (CHAT, chat(response_format={"type": "json_object"}), 400, "unsupported_parameter", "response_format"),
@@ -163,6 +167,60 @@ async def test_wrong_ways_in_are_errors_of_the_same_shape(
         await refused(served, response, status, code, param)
         if status == 405:
             assert response.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "meant"),
+    [
+        ("POST", "/chat/completions", "/v1/chat/completions"),
+        ("POST", "/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("POST", "/v1/v1/messages", "/v1/messages"),
+        ("POST", "/responses", "/v1/responses"),
+        ("GET", "/models", "/v1/models"),
+        ("GET", "/v1/v1/models/x", "/v1/models/x"),
+    ],
+)
+async def test_a_base_url_with_too_little_or_too_much_of_v1_is_told(
+    served: Served, method: str, path: str, meant: str
+) -> None:
+    async with served.http() as http:
+        response = await http.request(method, path)
+        await refused(served, response, 404, "not_found", None)
+        told = response.json()["error"]["message"]
+        assert told.startswith(f"there is nothing at {path}, but at {meant}: the base URL ")
+        assert "ends with /v1" in told
+        for other in ("/", "/v1", "/v1/v1", "/v1/v1/", "/v1/nothing", "/docs", "/v1/health"):
+            assert (await http.request(method, other)).json()["error"]["message"] == f"there is nothing at {other}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models",
+        f"/v1/models/{POOL}",
+        "/v1/models/x",
+        "/live",
+        "/ready",
+        "/health",
+        "/version",
+        "/openapi.json",
+        "/x",
+    ],
+)
+async def test_head_answers_as_get_does_without_the_body(served: Served, path: str) -> None:
+    async with served.http() as http:
+        whole, head = await http.get(path), await http.head(path)
+        assert whole.content
+        assert (head.status_code, head.content) == (whole.status_code, b"")
+        for name in ("content-type", "content-length"):
+            assert head.headers[name] == whole.headers[name]
+
+
+async def test_head_of_metrics_has_no_body(served: Served) -> None:
+    async with served.http() as http:
+        head = await http.head("/metrics")
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == (await http.get("/metrics")).headers["content-type"]
 
 
 async def test_nonsense_on_the_wire_does_not_hurt_others(served: Served) -> None:

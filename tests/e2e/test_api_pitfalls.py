@@ -22,6 +22,7 @@ from tests.system import POOL
 
 CHAT = "/v1/chat/completions"
 SLOW = "engine.mock.decode_base_ms=60"
+FEWER = "engine.mock.max_num_seqs=2"  # choices than the API believes, which has the default
 HELLO: Any = STREAM["messages"]
 
 
@@ -171,7 +172,9 @@ async def test_a_full_queue_is_a_status_with_retry_after(server: RedisServer, tm
 
 
 async def test_what_fails_before_the_first_token_is_a_status(server: RedisServer, tmp_path: Path) -> None:
-    async with serving(server, tmp_path, "engine.mock.max_num_seqs=2") as served, served.http() as http:
+    """Workers that run fewer choices at once than the API believes."""
+    async with serving(server, tmp_path, stages="") as served, served.http() as http:
+        await asyncio.gather(*(served.system.worker(stage, FEWER) for stage in ("prefill", "decode")))
         for stream in (True, False):
             response = await http.post(CHAT, json=STREAM | {"stream": stream, "n": 3})
             assert (response.status_code, response.json()["error"]["code"]) == (500, "request_failed")
@@ -180,11 +183,10 @@ async def test_what_fails_before_the_first_token_is_a_status(server: RedisServer
 
 
 async def test_what_fails_after_the_headers_is_an_error_event(server: RedisServer, tmp_path: Path) -> None:
-    overrides = ("engine.mock.max_num_seqs=2", "api.headers_after_s=0.05")
-    async with serving(server, tmp_path, *overrides, stages="") as served, served.http() as http:
+    async with serving(server, tmp_path, "api.headers_after_s=0.05", stages="") as served, served.http() as http:
         async with http.stream("POST", CHAT, json=STREAM | {"n": 3}) as response:
             assert response.status_code == 200  # nobody has looked at the request yet
-            await served.system.worker("prefill")
+            await served.system.worker("prefill", FEWER)
             data = await events_of(response)
         *opening, last = events(data)
         assert [chunk["choices"][0]["delta"]["role"] for chunk in opening] == ["assistant"] * 3
@@ -253,6 +255,25 @@ async def test_a_slow_reader_is_cut_after_the_send_timeout(server: RedisServer, 
             client.sendall(head.encode() + body)
             await served.system.until(lambda: cancelled(served, 1), 60)
             await served.system.until(lambda: told(served, "client did not read"), 10)  # a moment after the cancel
+
+
+async def test_a_body_that_does_not_come_is_a_408_and_the_end_of_its_connection(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with serving(server, tmp_path, "api.body_timeout_s=0.5") as served:
+        port = int(served.url.rsplit(":", 1)[1])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+        writer.write(head.encode() + b"{")
+        async with asyncio.timeout(30):
+            answer = (await reader.read()).decode()
+        writer.close()
+        await writer.wait_closed()
+        assert answer.startswith("HTTP/1.1 408 ")
+        assert "x-should-retry: true" in answer
+        error = json.loads(answer.partition("\r\n\r\n")[2])["error"]
+        assert (error["code"], error["type"]) == ("body_timeout", "timeout_error")
+        assert error["message"] == "of the body 1 bytes came in 0.5 s, and it is not whole"
 
 
 async def test_a_pool_is_listed_and_ready_without_workers_and_health_says_so(

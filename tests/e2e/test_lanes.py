@@ -49,6 +49,30 @@ async def test_low_lanes_leave_room_for_handles_of_higher_ones(default_redis_url
         await system.until(system.rests, 10)
 
 
+async def test_while_live_requests_come_a_prefill_worker_takes_low_ones_one_by_one(
+    default_redis_url: str, tmp_path: Path
+) -> None:
+    slow = ("engine.mock.prefill_base_ms=300", "engine.mock.max_num_batched_tokens=2048")
+    async with System(default_redis_url, *slow, log_dir=tmp_path) as system, system.client() as client:
+        await system.worker("prefill")
+        await system.worker("decode")
+
+        async def most_at_once() -> int:
+            """Of eight low requests, how many run at once."""
+            reading = [asyncio.create_task(read(client, request(200, max_tokens=1), "low")) for _ in range(8)]
+            most = 0
+            while not all(one.done() for one in reading):
+                most = max(most, await system.counter("running:prefill:low"))
+                await asyncio.sleep(0.01)
+            assert {one.result().state for one in reading} == {"done"}
+            return most
+
+        assert await most_at_once() > 3  # nobody else comes: all fit one step
+        assert (await read(client, request(200, max_tokens=1), "default")).state == "done"
+        assert await most_at_once() == 1
+        await system.until(system.rests, 10)
+
+
 async def handed_over(system: System, count: int) -> bool:
     return await system.counter("handovers") == count
 

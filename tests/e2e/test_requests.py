@@ -348,7 +348,7 @@ async def test_the_service_tier_is_in_whole_and_resumed_answers(server: RedisSer
         ("", (), "while it waited for prefill"),
         ("decode", (), "in decode"),
         ("prefill", (), "while it waited for decode"),
-        ("prefill", ("engine.mock.prefill_base_ms=60000",), "in prefill"),
+        ("prefill", ("engine.mock.prefill_base_ms=3000",), "in prefill"),
         ("prefill decode", ("engine.mock.decode_base_ms=200",), "in decode"),
     ],
 )

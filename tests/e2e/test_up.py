@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 import pytest
 
@@ -100,19 +102,31 @@ class Up:
 
 
 @contextlib.asynccontextmanager
-async def up(*words: str, port: int = 0) -> AsyncIterator[Up]:
-    command = [sys.executable, "-m", "pipeline.cli", "up", "--port", str(port), *words]
+async def command(*words: str) -> AsyncIterator[Up]:
+    """`baton WORDS`; it is killed at the end if it has not left by then, and what it started ends with it."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
     process = await asyncio.create_subprocess_exec(
-        *command, cwd=REPOSITORY, env=env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
+        sys.executable, "-m", "pipeline.cli", *words,
+        cwd=REPOSITORY, env=env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
     running = Up(process)
     try:
         yield running
     finally:
+        family: list[psutil.Process] = []
         if process.returncode is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = running.family
             process.kill()
         await running.ended()
+        # they end because it did: Redis, with its socket, only after it
+        await asyncio.to_thread(psutil.wait_procs, family, timeout=LIMIT_S)
+
+
+@contextlib.asynccontextmanager
+async def up(*words: str, port: int = 0) -> AsyncIterator[Up]:
+    async with command("up", "--port", str(port), *words) as running:
+        yield running
 
 
 async def run(*command: str) -> tuple[int, str]:
@@ -202,7 +216,9 @@ async def test_what_dies_is_started_again_and_said_so(settings):
         url = (await running.says(r"http://127\.0\.0\.1:\d+"))[0]
         prompt = {"model": "baton-tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
 
-        # When a worker, the API and Redis are killed, one after the other
+        # When a batch worker, a decode worker, the API and Redis are killed, one after the other
+        running.child("-m workers batch").kill()
+        await running.says(r"batch-0 was ended by SIGKILL: starting it again in 0\.5 s")
         running.child("-m workers decode").kill()
         await running.says(r"decode-0 was ended by SIGKILL: starting it again in 0\.5 s")
         running.child("-m api").kill()
@@ -238,6 +254,33 @@ async def test_a_stream_goes_on_when_its_worker_is_killed_long_before_the_lease_
             answer = (await asking).json()
         assert answer["choices"][0]["text"] == undisturbed
         assert answer["usage"]["completion_tokens"] == 120
+        running.process.send_signal(signal.SIGTERM)
+        assert await running.ended() == 0
+
+
+async def test_a_batch_goes_on_when_its_worker_is_killed_long_before_the_lease_runs_out(settings, short_dir):
+    slow = {
+        "engine.mock.decode_base_ms": 20, "batches.lease_s": 600, "batches.max_in_flight": 2, "batches.part_lines": 2,
+        "files.url": short_dir / "files",
+    }  # fmt: skip
+    more = [word for key, value in slow.items() for word in ("--set", f"{key}={value}")]
+    async with up("--no-sample", *settings, *more) as running:
+        await running.says("serving; Ctrl-C")
+        url = (await running.says(r"http://127\.0\.0\.1:\d+"))[0]
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            body = {"model": "baton-tiny", "prompt": [5] * 40, "max_tokens": 20}
+            lines = [{"custom_id": str(number), "url": "/v1/completions", "body": body} for number in range(20)]
+            data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            file = await client.files.create(file=data, purpose="batch")
+            made = await client.batches.create(
+                input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+            )
+            await running.says("batch begins")
+            workers = [one for one in running.family if "-m workers batch" in " ".join(one.cmdline())]
+            next(one for one in workers if one.ppid() == running.process.pid).kill()
+            await running.says(rf"held {made.id}: waiting for another worker")
+            await running.says("batch ended")
+            assert (await client.batches.retrieve(made.id)).status == "completed"
         running.process.send_signal(signal.SIGTERM)
         assert await running.ended() == 0
 

@@ -130,6 +130,7 @@ async def test_a_key_for_administration_makes_no_text(served: Served) -> None:
         ):
             assert error_of(response) == (403, "permission_denied")
         assert (await http.get("/metrics", headers=bearer(admin))).status_code == 200
+        assert (await http.get("/v1/scaling/baton-tiny", headers=bearer(admin))).status_code == 200
 
 
 async def test_requests_of_one_key_are_not_there_for_another(served: Served) -> None:
@@ -271,6 +272,14 @@ async def test_keys_are_made_listed_and_revoked_on_the_command_line(served: Serv
     again = json.loads(baton(url, "keys", "create", "team-a", "--json").stdout)
     assert again["key"] != secret
     assert baton(url, "keys", "revoke", "team-a", "--json").returncode == 0
+
+
+@pytest.mark.parametrize(("secret", "why"), [("", "holds none"), ("wrong", "is not valid there")])
+async def test_baton_chat_says_where_it_takes_the_key_from(served: Served, secret: str, why: str) -> None:
+    refused = await asyncio.to_thread(ask, served, secret)
+    assert refused.returncode == 1
+    assert f"the API needs a key, and BATON_API_KEY {why}: set the variable BATON_API_KEY" in refused.stderr
+    assert "baton keys create" in refused.stderr
 
 
 async def test_no_secret_is_in_a_log(served: Served) -> None:

@@ -183,6 +183,19 @@ async def _dead_lettered(served: Served, made: MadeKey) -> None:
         assert "given up" in answer.json()["error"]["message"]
 
 
+async def test_more_prompts_than_the_key_may_have_at_once_are_told_that_they_never_fit(served: Served) -> None:
+    made = await key(served, concurrent_requests=2)
+    async with served.http() as http:
+        fits = await http.post(TEXT, json=SHORT | {"prompt": ["a", "b"]}, headers=bearer(made))
+        assert fits.status_code == 200
+        answer = await http.post(TEXT, json=SHORT | {"prompt": ["a", "b", "c"]}, headers=bearer(made))
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "prompt"
+    assert error["message"].startswith("3 prompts are 3 requests at once, and the key may have 2")
+    await is_free(served, made)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("end", [_cancelled, _left, _past_its_deadline, _dead_lettered], ids=lambda e: e.__name__[1:])
 async def test_a_slot_comes_back(served: Served, end: Callable[[Served, MadeKey], Awaitable[None]]) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 
-from api.anthropic_bodies import SCHEMA_FIELD, count_body, message_body
-from api.anthropic_chats import chat_of
-from api.asks import check_served, conversation, form, wanted
-from api.bodies import chat_body, digest
 from pipeline.errors import InvalidRequest
+from pipeline.surface.anthropic_bodies import SCHEMA_FIELD, count_body, message_body
+from pipeline.surface.anthropic_chats import chat_of
+from pipeline.surface.anthropic_errors import error_body, named
+from pipeline.surface.asks import conversation, form, served, wanted
+from pipeline.surface.bodies import chat_body, digest
 
 HELLO = [{"role": "user", "content": "hi"}]
 TOOL = {
@@ -88,6 +90,23 @@ def test_what_is_wrong_is_named_by_its_path(fields: dict[str, Any], param: str) 
     with pytest.raises(InvalidRequest) as raised:
         chat_of(message_body(body(**fields)))
     assert raised.value.param == param
+    told = json.loads(error_body(raised.value))["error"]["message"]
+    assert told.count(param) == 1
+    assert not re.search(r"\w\[\d", told.replace(param, "")), "the path, or its beginning, is told once"
+
+
+@pytest.mark.parametrize(
+    ("param", "message", "told"),
+    [
+        ("a[0].b", "a[0]: no", "a[0].b: no"),
+        ("a[0].b", "a: no: never", "a[0].b: no: never"),
+        ("a[0].b", "a[0].b: no", "a[0].b: no"),
+        ("ab", "a: no", "ab: a: no"),
+        ("a[0]", "wrong", "a[0]: wrong"),
+    ],
+)
+def test_a_path_is_named_once_and_whole(param: str, message: str, told: str) -> None:
+    assert named(param, message) == told
 
 
 @pytest.mark.parametrize("missing", ["model", "max_tokens", "messages"])
@@ -142,6 +161,13 @@ def test_the_same_request_is_the_same_chat() -> None:
     assert (conversation(chat), wanted(chat), form(chat, "")) == (conversation(other), wanted(other), form(other, ""))
 
 
+def test_neighbouring_turns_of_an_assistant_are_one() -> None:
+    turns = [assistant(THOUGHT, text("one")), {"role": "assistant", "content": "two"}, assistant(THOUGHT, CALL)]
+    apart = body(messages=[*HELLO, *turns, user(result("x"))])
+    together = body(messages=[*HELLO, assistant(THOUGHT, THOUGHT, text("one"), text("two"), CALL), user(result("x"))])
+    assert chat_of(message_body(apart)) == chat_of(message_body(together))
+
+
 @pytest.mark.parametrize(
     ("choice", "mode"), [("auto", "auto"), ("none", "none"), ("any", "required"), ("tool", "named")]
 )
@@ -178,7 +204,7 @@ def test_effort_and_schema_of_the_output() -> None:
 def test_a_schema_that_nobody_can_follow_is_named_as_the_client_calls_it(engine: str) -> None:
     wrong = {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}
     with pytest.raises(InvalidRequest, match=r"^output_config\.format"):
-        check_served(chat_of(message_body(body(output_config=wrong))), engine, SCHEMA_FIELD)
+        served(chat_of(message_body(body(output_config=wrong))), engine, SCHEMA_FIELD)
 
 
 def test_an_answer_that_was_begun_goes_on() -> None:

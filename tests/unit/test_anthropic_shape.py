@@ -15,11 +15,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 from pydantic import TypeAdapter
 
-from api.anthropic_errors import error_body, status_of, type_of
-from api.collected import Collected
 from api.edge import dialect_of
-from api.shapes.anthropic import PING, AnthropicShape, parsed_input
-from api.transcript import Transcript
 from pipeline.answer_form import PLAIN, AnswerForm, with_form
 from pipeline.builtin import BUILTIN_MODEL
 from pipeline.errors import (
@@ -37,6 +33,10 @@ from pipeline.errors import (
 )
 from pipeline.protocol import FinishReason, Request, Timeline
 from pipeline.stream import Ended, TokenChunk, Usage
+from pipeline.surface.anthropic_errors import error_body, status_of, type_of
+from pipeline.surface.collected import Collected
+from pipeline.surface.shapes.anthropic import PING, AnthropicShape, parsed_input
+from pipeline.surface.transcript import Transcript
 from pipeline.tokenizer import Tokenizer
 from tests.system import request
 

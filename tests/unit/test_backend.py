@@ -122,6 +122,22 @@ def test_byte_fallback_never_takes_back_what_it_gave() -> None:
     assert given == ["A", "", "", "€", "\ufffd", "B"]
 
 
+def test_byte_fallback_replaces_each_byte_of_a_torn_character_as_its_decoder_does() -> None:
+    tokenizer = texts.tokenizer("byte_fallback")
+    vocab = texts.byte_fallback().get_vocab()
+    torn = [vocab[name] for name in ("a", "<0xF0>", "<0x9F>", "<0x8E>")]
+    for ids in (torn, [*torn, vocab["b"]]):
+        assert run(Backend(tokenizer, request()), grouped(ids, [2]))[0] == tokenizer.decode(ids)
+
+
+def test_a_token_that_only_looks_like_a_byte_is_text() -> None:
+    hf = texts.byte_fallback.__wrapped__()  # one of its own, to add to
+    hf.add_tokens(["<0xZZ>"])
+    tokenizer = texts.Tokenizer(hf)
+    ids = [hf.get_vocab()["<0xZZ>"]]
+    assert Backend(tokenizer, request()).push(ids).delta == tokenizer.decode(ids) == "<0xZZ>"
+
+
 def test_padding_rows_of_the_model_have_no_text() -> None:
     tokenizer = texts.tokenizer("byte_level", vocab_size=4096)
     hello = tokenizer.encode("Hello", add_special_tokens=False)

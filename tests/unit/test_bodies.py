@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from api.asks import conversation, form, wanted
-from api.bodies import chat_body, completion_body, digest, prompts_of
 from pipeline.answer_form import PLAIN
 from pipeline.errors import InvalidRequest
 from pipeline.preprocess import Wanted
+from pipeline.surface.asks import conversation, form, wanted
+from pipeline.surface.bodies import chat_body, completion_body, digest, prompts_of
 
 HELLO = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}}
@@ -86,6 +86,7 @@ def completion(**fields: Any) -> bytes:
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"min_p": 1.1}, "min_p"),
+        ({"max_tokens": 0, "prompt_logprobs": 1}, "max_tokens"),
         ({"audio": {}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"priority": "high"}, "priority"),
@@ -108,7 +109,11 @@ def test_a_wrong_chat_field_is_named(fields: dict[str, Any], param: str) -> None
         ({"prompt": [[1, "a"]]}, "prompt[0][1]"),
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"best_of": 1, "n": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": True}, "prompt_logprobs"),
         ({"suffix": "x"}, "suffix"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),
@@ -154,6 +159,48 @@ def test_messages_do_not_echo_at_length(raw: bytes) -> None:
 def test_what_is_not_supported_is_said_so() -> None:
     with pytest.raises(InvalidRequest, match=r"^audio is not supported$"):
         chat_body(chat(audio={"voice": "x"}))
+
+
+@pytest.mark.parametrize("raw", [b"", b" \n\t "])
+def test_an_empty_body_is_called_so(raw: bytes) -> None:
+    with pytest.raises(InvalidRequest, match=r"^the body is empty") as caught:
+        chat_body(raw)
+    assert caught.value.param is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "allowed"),
+    [
+        ({"service_tier": "gold"}, "service_tier", "one of auto, batch, default, fast, flex, priority, scale"),
+        (
+            {"messages": [*HELLO, {"role": "boss", "content": "x"}]},
+            "messages[1].role",
+            "one of assistant, developer, system, tool, user",
+        ),
+        ({"tool_choice": "maybe"}, "tool_choice", "one of auto, none, required"),
+        ({"tool_choice": {"type": "x"}}, "tool_choice.type", "one of function, allowed_tools"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "x", "tools": []}}},
+            "tool_choice.allowed_tools.mode",
+            "one of auto, required",
+        ),
+        ({"tools": [TOOL, TOOL | {"type": "x"}]}, "tools[1].type", "function"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "one of text, json_object, json_schema"),
+    ],
+)
+def test_a_word_that_is_not_allowed_is_told_those_that_are(fields: dict[str, Any], param: str, allowed: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat_body(chat(**fields))
+    assert caught.value.param == param
+    assert str(caught.value).startswith(f"{param}: ")
+    assert str(caught.value).endswith(f"', expected {allowed}")
+
+
+def test_a_template_of_a_clients_own_is_refused_with_the_reason() -> None:
+    with pytest.raises(InvalidRequest, match=r"^chat_template is not taken from a client, for security: ") as caught:
+        chat_body(chat(chat_template="{{ messages }}"))
+    assert (caught.value.param, caught.value.code) == ("chat_template", "unsupported_parameter")
+    assert chat_body(chat(chat_template=None)).chat_template is None
 
 
 def test_unknown_fields_are_ignored_and_null_is_not_given() -> None:
@@ -269,7 +316,6 @@ def test_prompts_are_taken_in_each_of_openais_forms(prompt: Any, found: Any) -> 
         ({"prompt": [1, "a"]}, "prompt[0]"),
         ({"prompt": ["a", 1]}, "prompt[1]"),
         ({"prompt": ["a"] * 129}, "prompt"),
-        ({"prompt": ["a", "b"], "stream": True}, "stream"),
     ],
 )
 def test_what_are_no_prompts_is_named(fields: dict[str, Any], param: str) -> None:

@@ -72,7 +72,10 @@ def test_config_hides_passwords():
         url = "redis+sentinel://me:secret@one,two/mymaster?sentinel_password=hidden"
         output = run("config", command, "--set", f"redis.url={url}").stdout
         assert "redis+sentinel://me:***@one,two/mymaster?sentinel_password=***" in output
-        assert "secret" not in output
+        assert "me:secret" not in output
+        output = run("config", command, "--set", 'files.storage_options={"secret": "hidden"}').stdout
+        assert "hidden" not in output
+        assert "hidden" not in run("config", command, "--set", "batches.webhook_secret=whsec_hidden").stdout
 
 
 def test_config_env_can_be_sourced_by_a_shell():
@@ -104,7 +107,7 @@ def test_errors_are_one_line_with_their_exit_code():
             ["worker", "decod"],
             {},
             2,
-            "baton: decod is none of prefill, decode, embed; did you mean decode? a queue of your own needs --app MODULE\n",
+            "baton: decod is none of prefill, decode, embed, batch; did you mean decode? a queue of your own needs --app MODULE\n",
         ),
         (
             ["worker", "decode", "--app", "tests.example_stage", "--set", "redis.url=redis://127.0.0.1:9"],
@@ -233,6 +236,8 @@ def test_workers_are_numbered_and_named_by_their_pool_where_there_are_several():
     ]
     embedding = {"a": PoolSettings(embeddings=True)}
     assert [place.label for place in worker_places(embedding, Counts(0, 1, 2))] == ["decode-0", "embed-0", "embed-1"]
+    several = worker_places(dict.fromkeys("ab", PoolSettings()), Counts(0, 1, batch=2))
+    assert [place.label for place in several] == ["a.decode-0", "b.decode-0", "batch-0", "batch-1"]
 
 
 def test_restarts_wait_longer_each_time_and_forget_after_a_good_run():

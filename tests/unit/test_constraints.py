@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from api.asks import check_served, wanted
-from api.bodies import chat_body
 from pipeline.errors import InvalidRequest
 from pipeline.protocol import GuidedDecoding
+from pipeline.surface.asks import served, wanted
+from pipeline.surface.bodies import chat_body
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 PACKED = '{"type":"object","properties":{"a":{"type":"integer"}}}'
@@ -85,19 +85,19 @@ def test_what_is_no_constraint_is_named(fields: dict[str, Any], param: str) -> N
 def test_an_engine_that_cannot_is_named_with_the_field(fields: dict[str, Any]) -> None:
     asked = body(**fields)
     with pytest.raises(InvalidRequest, match="mock") as caught:
-        check_served(asked, "mock")
+        served(asked, "mock")
     assert (caught.value.param, caught.value.code) == (next(iter(fields)), "unsupported_parameter")
     for engine in ("torch", "vllm"):
-        check_served(asked, engine)
-    check_served(body(response_format={"type": "text"}), "mock")
+        assert served(asked, engine) == wanted(asked)
+    served(body(response_format={"type": "text"}), "mock")
 
 
 def test_a_grammar_that_is_none_is_named_where_its_engine_reads_it_so() -> None:
     asked = body(guided_grammar="root ::= 'a'")
     with pytest.raises(InvalidRequest, match="no answer can follow it") as caught:
-        check_served(asked, "torch")
+        served(asked, "torch")
     assert caught.value.param == "guided_grammar"
-    check_served(asked, "vllm")
+    served(asked, "vllm")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_grammar_that_is_none_is_named_where_its_engine_reads_it_so() -> None:
 )
 def test_sampling_that_an_engine_cannot_is_named(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="mock") as caught:
-        check_served(body(**fields), "mock")
+        served(body(**fields), "mock")
     assert caught.value.param == next(iter(fields))
-    check_served(body(**fields), "torch")
-    check_served(body(min_p=0, presence_penalty=0, repetition_penalty=1.0, logit_bias={}), "mock")
+    served(body(**fields), "torch")
+    served(body(min_p=0, presence_penalty=0, repetition_penalty=1.0, logit_bias={}), "mock")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+import rq.cli
 import typer.main
 
 import pipeline
@@ -25,7 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path
     for path in REPOSITORY.rglob("*.md")
-    if not any(part.startswith(".") for part in path.relative_to(REPOSITORY).parts)
+    if not any(part.startswith(".") or part == "node_modules" for part in path.relative_to(REPOSITORY).parts)
 )
 SOURCES = sorted(path for package in ("pipeline", "workers", "api") for path in (REPOSITORY / package).rglob("*.py"))
 QUICK = ("baton config", "baton version")
@@ -52,7 +53,7 @@ def test_the_readme_shows_the_two_commands_first():
 @pytest.mark.parametrize(("document", "line"), COMMANDS, ids=[line for _, line in COMMANDS])
 def test_a_command_of_a_document_is_known(document, line):
     words = list(itertools.dropwhile(lambda word: "=" in word, shlex.split(line, comments=True)))
-    match words[0].removeprefix(".venv/bin/"):
+    match re.sub(r"^\.venv(-vllm)?/bin/", "", words[0]):
         case "make":
             assert re.search(rf"^{words[1]}:.*## ", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
         case "baton":
@@ -66,6 +67,12 @@ def test_a_command_of_a_document_is_known(document, line):
             assert (REPOSITORY / words[1]).is_file()
         case "python" if words[1] == "-m":
             assert importlib.util.find_spec(words[2]), f"{document}: no module {words[2]}"
+        case "rq":
+            rq.cli.main.commands[words[1]].make_context(words[1], words[2:])
+        case "docker":
+            check_docker(words[1:])
+        case "kubectl":
+            check_kubectl(words[1:])
         case "pip" | "redis-cli":
             pass
         case _:
@@ -125,3 +132,26 @@ def parse(words: list[str]) -> None:
     command.make_context(command.name, list(words))
     overrides = [word for flag, word in itertools.pairwise(words) if flag == "--set"]
     collect_values(None, {}, overrides)
+
+
+def check_docker(words: list[str]) -> None:
+    """Files are there; behind an image or a service of ours stands a command of Baton."""
+    flags = dict(itertools.pairwise(words))
+    for flag, file in itertools.pairwise(words):
+        assert flag != "-f" or (REPOSITORY / file).is_file(), f"no file {file}"
+    assert flags.get("-t", f":{pipeline.__version__}").endswith(f":{pipeline.__version__}")
+    for place in (word for word in words if word == "api" or word.startswith("baton-")):
+        command = words[words.index(place) + 1 : words.index(">") if ">" in words else None]
+        if "run" in words and command:
+            parse(command)
+
+
+def check_kubectl(words: list[str]) -> None:
+    """What is applied is there; what is made has a name that manifests know."""
+    flags = dict(itertools.pairwise(words))
+    assert flags.get("-n", "baton") == "baton"
+    if "apply" in words:
+        assert (REPOSITORY / flags["-k"] / "kustomization.yaml").is_file()
+    if "secret" in words:
+        manifests = (path.read_text() for path in (REPOSITORY / "docker" / "k8s").rglob("*.yaml"))
+        assert any(f": {flags['generic']}\n" in text for text in manifests)

@@ -10,10 +10,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from api.embeddings import dimensions_of, embedding_body, several
 from pipeline.config import PoolSettings, QueueSettings
 from pipeline.embeddings import PART_TOKENS, asked_of, embedding_request, offer_of, parts_of, vectors_of
 from pipeline.errors import ConfigError, EngineError, InvalidRequest, RequestFailed, Unservable, WireError
+from pipeline.surface.embedding_bodies import dimensions_of, embedding_body, several
 from workers.__main__ import check_embeds
 from workers.engine import EngineInfo, load_embedding_engine
 from workers.engines.embedding import BatchedEmbedding, packed

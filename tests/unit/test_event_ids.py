@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from api.event_ids import Mark, Place, read_event_id
-from api.shapes.openai import OpenAIShape
-from api.transcript import NumberedTranscript, Transcript
 from pipeline.answer_form import AnswerForm, with_form
 from pipeline.errors import InvalidRequest
 from pipeline.protocol import FinishReason, Log, Request, Timeline
 from pipeline.stream import Ended, TokenChunk, Usage
+from pipeline.surface.event_ids import Mark, Place, read_event_id
+from pipeline.surface.shapes.openai import OpenAIShape
+from pipeline.surface.transcript import NumberedTranscript, Transcript
 from tests import texts
 from tests.system import request
 

@@ -7,7 +7,6 @@ import asyncio
 import pytest
 
 from api.drain import Drain
-from api.feed import Choices, Feed
 from pipeline.answer_form import AnswerForm, with_form
 from pipeline.errors import Draining
 from pipeline.protocol import (
@@ -22,6 +21,7 @@ from pipeline.protocol import (
     pack_tokens,
 )
 from pipeline.stream import RequestStream, TokenChunk
+from pipeline.surface.feed import Choices, Feed
 from tests import texts
 
 
@@ -72,6 +72,13 @@ def test_told_tokens_are_those_of_the_choice_with_or_without_text(by_token: bool
     assert "".join(text for _, text, _, _, _ in pieces) == "東京 "
     assert [len(told) for _, _, told, _, _ in pieces] == ([1] * len(tokens) if by_token else [len(tokens)])
     assert found.reasons == [FinishReason.STOP]
+
+
+def test_a_stop_string_that_a_torn_character_completes_ends_the_choice() -> None:
+    found = choices(by_token=True, stop=["EN\ufffd"])
+    pieces = found.push([TokenChunk(0, 0, ids("one EN") + ids("東")[:1], FinishReason.LENGTH)])
+    assert "".join(text for _, text, _, _, _ in pieces) == "one "
+    assert (found.reasons, found.stop_string(0)) == ([FinishReason.STOP], "EN\ufffd")
 
 
 def test_a_failed_choice_is_not_complete() -> None:

@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from api.event_ids import read_event_id
-from api.transcript import NumberedTranscript, Transcript
-from pipeline.logprobs import TokenLogprob, pack_logprobs, record_bytes, records_between, unpack_logprobs
+from pipeline.answer_form import AnswerForm, with_form
+from pipeline.logprobs import (
+    PromptLogprob,
+    TokenLogprob,
+    pack_logprobs,
+    pack_prompt_logprobs,
+    record_bytes,
+    records_between,
+    unpack_logprobs,
+)
 from pipeline.protocol import FinishReason, LLMEngineOutput, Log, OutputOptions, Request, TokenItem, pack_tokens
 from pipeline.stream import TokenChunk
+from pipeline.surface.event_ids import read_event_id
+from pipeline.surface.transcript import NumberedTranscript, Transcript
 from pipeline.tokenizer import Tokenizer
 from tests import texts
 from tests.system import request
@@ -102,13 +111,79 @@ def test_they_are_told_once_with_the_text_of_their_tokens_and_go_on_at_any_event
     assert tokens == [text_of(tokenizer, token) for token in ids]
     if what.kind == "text_completion":
         offsets = [offset for part in told for offset in part["text_offset"]]
-        assert offsets == [sum(map(len, tokens[:at])) for at in range(len(tokens))]
+        whole_text = tokenizer.decode(ids)
+        assert all(
+            "\ufffd" in token or whole_text[at:].startswith(token) for at, token in zip(offsets, tokens, strict=True)
+        )
+        assert offsets[0] == 0
+        assert sorted(offsets) == offsets
     log = Log(tokens=[ids], finished=[FinishReason.LENGTH])
     for seen, (name, _) in enumerate(events, start=1):
         place = read_event_id(name, what, log)
         rest, have = NumberedTranscript(tokenizer, what, SHAPE, place, log), place.tokens[0]
         tail = TokenChunk(0, have, ids[have:], FinishReason.LENGTH, records_between(records, have, len(ids), size))
         assert events[:seen] + blocks(rest.opening + rest.encode([tail])) == events
+
+
+@pytest.mark.parametrize("kind", ["chat.completion", "text_completion"])
+def test_those_of_a_prompt_are_told_first_and_once(kind: str) -> None:
+    tokenizer = texts.tokenizer("byte_level")
+    prompt, ids = (
+        tokenizer.encode("東 so", add_special_tokens=False),
+        tokenizer.encode(" far", add_special_tokens=False),
+    )
+    form = AnswerForm(echoes=kind == "text_completion", prompt_logprobs=1)
+    base = asked(1, kind, n=2)
+    options = OutputOptions(logprobs=1, prompt_logprobs=2)
+    what = structs.replace(
+        base, input=with_form(structs.replace(base.input, token_ids=prompt, output_options=options), form)
+    )
+    rows = [PromptLogprob(-token / 8, 3, [(65, -0.5), (66, -0.75)]) for token in range(1, len(prompt))]
+    records, size = pack_prompt_logprobs(rows), record_bytes(what.input)
+    own = pack_logprobs(output(ids, 0, 1))
+    log = Log(tokens=[ids, []], finished=[FinishReason.LENGTH] * 2)  # the second choice ends without a token
+
+    def chunks(start: int, *, has_prompt: bool) -> list[TokenChunk]:
+        first = TokenChunk(0, start, ids[start:], FinishReason.LENGTH, records_between(own, start, len(ids), size))
+        told = records if has_prompt else None
+        return [structs.replace(first, prompt_logprobs=told), TokenChunk(1, 0, [], FinishReason.LENGTH)]
+
+    whole = NumberedTranscript.from_start(tokenizer, what, SHAPE)
+    events = blocks(whole.opening + whole.encode(chunks(0, has_prompt=True)))
+    made = [json.loads(data.removeprefix(b"data: ")) for _, data in events]
+    if kind == "chat.completion":
+        told = [event["prompt_logprobs"] for event in made if "prompt_logprobs" in event]
+        assert len(told) == 1
+    else:
+        told = [one["prompt_logprobs"] for event in made for one in event["choices"] if "prompt_logprobs" in one]
+        assert len(told) == 2
+        for choice in (0, 1):
+            parts = [
+                one["logprobs"]
+                for event in made
+                for one in event["choices"]
+                if one["index"] == choice and "logprobs" in one
+            ]
+            tokens = [token for part in parts for token in part["token_logprobs"]]
+            assert tokens[: len(prompt)] == [None, *(row.logprob for row in rows)]
+            assert len(tokens) == len(prompt) + len(log.tokens[choice])
+    expected = [None] + [{65: {"logprob": -0.5, "rank": 1, "decoded_token": text_of(tokenizer, 65)}} for _ in rows]
+    for token, row, entry in zip(prompt[1:], rows, expected[1:], strict=True):
+        assert entry is not None
+        entry.setdefault(token, {"logprob": row.logprob, "rank": 3, "decoded_token": text_of(tokenizer, token)})
+    assert [
+        None if entry is None else {int(key): value for key, value in entry.items()} for entry in told[0]
+    ] == expected
+    for seen, (name, _) in enumerate(events, start=1):
+        place = read_event_id(name, what, log)
+        rest = NumberedTranscript(tokenizer, what, SHAPE, place, log)
+        left = chunks(place.tokens[0], has_prompt=0 in place.tokens)
+        if place.marks[0].phase in ("t", "e"):
+            left[0] = structs.replace(left[0], token_ids=[], logprobs=b"")
+        tail = [chunk for chunk, mark in zip(left, place.marks, strict=True) if mark.phase != "e"]
+        if tail and 0 in place.tokens:
+            tail[0] = structs.replace(tail[0], prompt_logprobs=records)
+        assert events[:seen] + blocks(rest.opening + rest.encode(tail)) == events
 
 
 def plain_of(events: list[tuple[str, bytes]]) -> bytes:

@@ -8,21 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from api.event_ids import read_event_id
-from api.transcript import NumberedTranscript, Transcript
 from pipeline.answer_form import AnswerForm, with_form
 from pipeline.builtin import BUILTIN_MODEL
 from pipeline.errors import ConfigError
+from pipeline.grammars import fault_of
 from pipeline.parsers.forced import NamedCall, RequiredCalls, arguments_schema, calls_schema
 from pipeline.parsers.templated import ResponseFormat, TemplatedParser
 from pipeline.parsing import Parser, Part, PartKind
-from pipeline.protocol import FinishReason, Log
+from pipeline.protocol import FinishReason, GuidedDecoding, Log
 from pipeline.stream import TokenChunk
+from pipeline.surface.collected import Collected
+from pipeline.surface.event_ids import read_event_id
+from pipeline.surface.transcript import NumberedTranscript, Transcript
 from pipeline.tokenizer import RESPONSE_TEMPLATES, Tokenizer, response_format
 from tests.system import request
 from tests.unit.test_event_ids import SHAPE, blocks
@@ -155,6 +158,33 @@ def test_the_grammar_of_calls_takes_arguments_as_objects() -> None:
     assert (schema["minItems"], schema["maxItems"], len(schema["items"]["anyOf"])) == (1, 1, 2)
 
 
+def test_the_grammar_of_calls_follows_references_within_arguments() -> None:
+    """As pydantic writes models within models, and both tools name theirs alike; what only looks like a reference stays."""
+    days = [{"type": "integer", "enum": [1, 2]}, {"const": {"$ref": "#/$defs/Day"}}]
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": f"f{index}",
+                "parameters": {
+                    "properties": {"$ref": {"$ref": "#/$defs/Day"}, "more": {"type": "array", "items": {"$ref": "#"}}},
+                    "required": ["$ref"],
+                    "additionalProperties": False,
+                    "$defs": {"Day": day},
+                },
+            },
+        }
+        for index, day in enumerate(days)
+    ]
+    schema = calls_schema(tools, parallel=True)
+    assert fault_of(GuidedDecoding(json=json.dumps(schema))) is None
+    assert schema["$defs"]["1"]["$defs"]["Day"] == days[1]
+    follows = jsonschema_rs.validator_for(schema).is_valid
+    inner: list[dict[str, Any]] = [{"$ref": 1, "more": [{"$ref": 2}]}, {"$ref": {"$ref": "#/$defs/Day"}}]
+    assert follows([{"name": f"f{index}", "arguments": arguments} for index, arguments in enumerate(inner)])
+    assert not follows([{"name": "f0", "arguments": {"$ref": 1, "more": [inner[1]]}}])
+
+
 @pytest.mark.parametrize("said", ["nowhere", "./nothing.json"])
 def test_a_template_that_is_not_there_is_named_with_those_that_are(said: str) -> None:
     with pytest.raises(ConfigError, match="hermes, mistral"):
@@ -196,3 +226,43 @@ def test_a_stream_with_calls_goes_on_at_any_event(finish: FinishReason) -> None:
         rest = NumberedTranscript(tokenizer, what, SHAPE, place, log)
         have = place.tokens[0]
         assert events[:seen] + blocks(rest.opening + rest.encode([TokenChunk(0, have, ids[have:], finish)])) == events
+
+
+FORCED = {
+    "named": ('{"b": "one END {"}', '{"b": "one '),
+    "required": ('[{"name":"f","arguments":{"b": "one END {"}}]', '{"b": "one '),
+}
+
+
+@pytest.mark.parametrize("choice", sorted(FORCED))
+@pytest.mark.parametrize(
+    ("stop", "finish", "word"),
+    [
+        (None, FinishReason.EOS, "tool_calls"),
+        (None, FinishReason.STOP, "tool_calls"),
+        (["END"], None, "stop"),
+        (["}"], None, "stop"),
+        (None, FinishReason.LENGTH, "length"),
+    ],
+)
+def test_an_answer_that_ends_within_a_forced_call_does_not_say_that_it_is_one(
+    choice: str, stop: list[str] | None, finish: FinishReason | None, word: str
+) -> None:
+    """Whole and streamed alike."""
+    text, torn = FORCED[choice]
+    if finish is FinishReason.LENGTH:
+        text = text[: text.index("END")]
+    tokenizer = Tokenizer.load(BUILTIN_MODEL)
+    made = structs.replace(request(3, stop=stop), kind="chat.completion")
+    what = structs.replace(made, input=with_form(made.input, AnswerForm(tools=[TOOL], tool_choice=choice)))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    collected = Collected(tokenizer, what)
+    collected.push([TokenChunk(0, 0, ids, finish)])
+    (said,) = collected.all()
+    is_torn = said.calls[0].arguments == torn
+    assert (said.finish, is_torn) == (word, word == "length" or stop == ["END"])
+    streamed = Transcript(tokenizer, what, SHAPE).encode([TokenChunk(0, 0, ids, finish)])
+    events = [json.loads(event.removeprefix(b"data: ")) for event in streamed.split(b"\n\n") if event]
+    assert events[-1]["choices"][0]["finish_reason"] == word
+    calls = [call for event in events for call in event["choices"][0]["delta"].get("tool_calls", [])]
+    assert "".join(call["function"]["arguments"] for call in calls) == said.calls[0].arguments

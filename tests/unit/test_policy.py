@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.protocol import BackendInput, Log, RoutingHints, SamplingOptions, StopConditions
 from pipeline.queue import Delivery
-from workers.policy import GUARD_EVERY, backoff_s, engines_view, free_for_share, lane_looks
+from workers.policy import GUARD_EVERY, backoff_s, engines_view, free_for_share, held_back, is_news, lane_looks
 
 FREE = {"high": 9, "default": 8, "low": 5}
 
@@ -36,6 +36,32 @@ def test_one_claim_in_eight_looks_for_what_has_aged_on_lower_lanes_first() -> No
     assert [b - a for a, b in itertools.pairwise(guarded)] == [GUARD_EVERY] * 3
     lanes = [look.lane for look in lane_looks("@w", guarded[0], FREE)]
     assert lanes == ["@w", "low", "default", "high", "default", "low"]
+
+
+def test_what_is_held_back_of_a_lane_comes_when_it_has_aged() -> None:
+    assert [look.lane for look in lane_looks("@w", 0, FREE, held_back={"low"})] == ["@w", "high", "default"]
+    guarded = lane_looks("@w", GUARD_EVERY - 1, FREE, held_back={"low"})
+    assert [(look.lane, look.which) for look in guarded if look.lane == "low"] == [("low", "aged")]
+
+
+@pytest.mark.parametrize(
+    ("fill", "came_s", "held"),
+    [
+        (0.0, {"default": 1.0}, set()),  # an idle worker takes anything
+        (0.04, {"default": 1.0}, set()),
+        (0.05, {"default": 1.0}, {"low"}),
+        (0.5, {"high": 1.0}, {"low", "default"}),
+        (0.5, {"high": 60.0, "default": 1.0}, {"low"}),
+        (1.5, {"low": 0.1}, set()),  # nobody else comes: steps may be full
+        (1.5, {}, set()),
+        (1.5, {"default": 60.0}, set()),
+    ],
+)
+def test_while_tasks_of_higher_lanes_come_lower_ones_fill_a_share_of_a_step(
+    fill: float, came_s: dict[str, float], held: set[str]
+) -> None:
+    shares = {"high": 1.0, "default": 0.4, "low": 0.05}
+    assert held_back(fill, shares, came_s) == held
 
 
 @pytest.mark.parametrize(("used", "free"), [(0, 100), (1, 49), (50, 0), (80, -30)])
@@ -80,3 +106,18 @@ def test_an_engine_is_told_the_priority_that_was_asked_for_whatever_lane_brought
 def test_other_hints_stay_beside_the_priority() -> None:
     view = engines_view(asked(routing=RoutingHints(lora_name="a", cache_salt="b")), delivery("high", "high"))
     assert view.routing == RoutingHints(lora_name="a", cache_salt="b")
+
+
+def test_that_leases_are_held_back_is_said_once_when_it_begins_and_once_when_it_ends() -> None:
+    nothing, held = {"parked": 0, "held_back": 0}, {"parked": 0, "held_back": 1}
+    sweeps = [{}, nothing, held, held, {}, held, nothing, nothing, held]
+    told, before = [], {}
+    for swept in sweeps:
+        told.append(is_news(swept, before))
+        before = swept or before
+    assert told == [False, False, True, False, False, False, True, False, True]
+
+
+def test_a_sweep_that_did_something_is_told_each_time() -> None:
+    did = {"parked": 2, "held_back": 1}
+    assert is_news(did, did)

@@ -1,12 +1,14 @@
-"""How long a request may be, from what is set and what is there."""
+"""How long a request may be and how many choices it may have, from what is set and what is there."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
-from api.pools import max_model_len
-from pipeline.config import EngineSettings, MockSettings, PoolSettings, TorchSettings
+from pipeline.config import EngineSettings, MockSettings, PoolSettings, TorchSettings, VllmSettings
 from pipeline.errors import ConfigError
+from pipeline.pools import max_choices, max_model_len
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,22 @@ def test_vllm_counts_its_blocks_itself(is_set: int, model_says: int | None, limi
     assert max_model_len("p", pool, EngineSettings(), model_says) == limit
     with pytest.raises(ConfigError, match=r"pools\.p\.max_model_len"):
         max_model_len("p", PoolSettings(engine="vllm"), EngineSettings(), None)
+
+
+@pytest.mark.parametrize(("name", "most"), [("torch", 7), ("mock", 8), ("vllm", 9)])
+def test_choices_are_as_many_as_the_pools_engine_runs_at_once(
+    name: Literal["torch", "mock", "vllm"], most: int
+) -> None:
+    engine = EngineSettings(
+        torch=TorchSettings(max_num_seqs=7), mock=MockSettings(max_num_seqs=8), vllm=VllmSettings(max_num_seqs=9)
+    )
+    assert max_choices(PoolSettings(engine=name), engine) == most
+
+
+@pytest.mark.parametrize(
+    ("args", "most"),
+    [('{"max_num_seqs": 4, "seed": 1}', 4), ('{"seed": 1}', 9), ("broken", 9), ('{"max_num_seqs": "4"}', 9)],
+)
+def test_vllms_own_arguments_win(args: str, most: int) -> None:
+    engine = EngineSettings(vllm=VllmSettings(max_num_seqs=9, args=args))
+    assert max_choices(PoolSettings(engine="vllm"), engine) == most

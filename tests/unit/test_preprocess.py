@@ -18,7 +18,7 @@ from tests import texts
 
 
 def preprocessor(family: str = "byte_level", **changes: int) -> Preprocessor:
-    limits = {"max_model_len": 64, "default_max_tokens": 16} | changes
+    limits = {"max_model_len": 64, "default_max_tokens": 16, "max_choices": 3} | changes
     return Preprocessor(texts.tokenizer(family), model="m", **limits)
 
 
@@ -70,6 +70,13 @@ def test_what_does_not_fit_the_context_is_refused_with_the_numbers(
         assert number in str(caught.value)
 
 
+def test_more_choices_than_run_at_once_are_refused_with_the_numbers() -> None:
+    preprocessor().check_choices(3, "n")
+    with pytest.raises(InvalidRequest, match=r"best_of is 4, .* at most 3 choices") as caught:
+        preprocessor().check_choices(4, "best_of")
+    assert caught.value.param == "best_of"
+
+
 @pytest.mark.parametrize(
     ("prompt", "param"), [("", "prompt"), ([], "prompt"), ([5, -1], "prompt[1]"), ([99999], "prompt[0]")]
 )
@@ -110,7 +117,7 @@ def test_without_a_tokenizer_there_are_only_token_ids(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     tokenizer = NoTokenizer.load(str(tmp_path))
     assert tokenizer.max_model_len == 64
-    ready = Preprocessor(tokenizer, model="m", max_model_len=64, default_max_tokens=16)
+    ready = Preprocessor(tokenizer, model="m", max_model_len=64, default_max_tokens=16, max_choices=3)
     assert ready.completion("id", [5, 6], wants()).eos_token_ids == [7, 8]
     stopped = Wanted(stop=StopConditions(stop=["x"]))
     for param, refused in (
@@ -167,3 +174,11 @@ def test_loading_a_tokenizer_leaves_torch_alone(tmp_path: Path) -> None:
     code = f"import sys; from pipeline.tokenizer import Tokenizer; Tokenizer.load({str(tmp_path)!r}); print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("token", ["-1", "x", "", "1.5", "\u0661", "99999999", "1" * 5000])
+def test_a_bias_of_what_is_no_token_is_refused_by_its_name(token: str) -> None:
+    asked = Wanted(sampling=SamplingOptions(logit_bias={token: 1.0}))
+    with pytest.raises(InvalidRequest, match="is not a token id below") as caught:
+        preprocessor().completion("id", [5], asked)
+    assert caught.value.param == f"logit_bias.{token[:20]}"

@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from msgspec import structs
 from openai.types.responses import Response
 
-from api.errors import error_of_end
-from api.response_reading import ResponseTranscript
-from api.responses_asks import answer_form, as_chat
-from api.responses_bodies import response_body
-from api.shapes.responses import ResponseShape
 from pipeline.answer_form import with_form
 from pipeline.builtin import BUILTIN_MODEL
 from pipeline.errors import Draining
 from pipeline.logprobs import pack_logprobs
 from pipeline.protocol import FinishReason, LLMEngineOutput, OutputOptions, Request, Timeline
 from pipeline.stream import Ended, TokenChunk, Usage
+from pipeline.surface.errors import error_of_end
+from pipeline.surface.response_transcript import ResponseTranscript
+from pipeline.surface.responses_asks import answer_form, as_chat
+from pipeline.surface.responses_bodies import response_body
+from pipeline.surface.shapes.responses import ResponseShape
 from pipeline.tokenizer import Tokenizer
 from tests.openai_types import events_in, strictly
 from tests.system import request
@@ -205,13 +205,27 @@ def test_what_failed_says_so_and_keeps_what_it_said(state: str, status: str, cod
     assert (response.output_text, response.output[0].status) == ("Well", "incomplete")  # type: ignore[union-attr]
 
 
-def test_a_stream_that_ends_alone_is_an_error_event_with_the_next_number() -> None:
-    transcript = ResponseTranscript(TOKENIZER, asked(), ResponseShape())
-    data = transcript.opening + transcript.encode([chunk("Well", None)])
-    count = len(events_in(data))
+@pytest.mark.parametrize("after", [-1, 1, 4, 99])
+def test_who_goes_on_behind_the_error_of_a_stream_that_ended_alone_misses_nothing(after: int) -> None:
+    """Its number is that of the last event which the reader has: the next one is of the response."""
+    text = TEXTS["reasoning"]
+    what, first, last = asked(), chunk(text[:12], None), chunk(text[12:], FinishReason.EOS)
+    whole = events_in(streamed(what, [first, last], DONE))
+    transcript = ResponseTranscript(TOKENIZER, what, ResponseShape(after))
+    seen = events_in(transcript.opening + transcript.encode([first]))
     (error,) = events_in(transcript.error(Draining("leaving", retry_after_s=1.0)))
     assert (error["type"], error["code"], error["message"]) == ("error", "draining", "leaving")
-    assert error["sequence_number"] == count
+    rest = events_in(streamed(what, [first, last], DONE, error["sequence_number"]))
+    assert whole[: after + 1] + seen + rest == whole
+
+
+@pytest.mark.parametrize(("text", "status"), [('{"a":"x', "incomplete"), ('{"a":"x"}', "completed")])
+def test_a_call_that_a_stop_token_ends_is_incomplete(text: str, status: str) -> None:
+    what, one = asked(tool_choice={"type": "function", "name": "f"}), chunk(text, FinishReason.STOP)
+    last = events_in(streamed(what, [one], DONE))[-1]
+    assert last["response"] == whole_of(what, one, DONE)
+    (call,) = strictly(Response, last["response"]).output
+    assert (call.arguments, call.status) == (text, status)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("background", "status"), [(True, "queued"), (False, "in_progress")])

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from openai.types.responses import ResponseItemList
 
-from api.asks import check_served, conversation, form, wanted
-from api.input_items import calls_in, kept_items, read_items
 from api.responses import page
-from api.responses_asks import as_chat, echo, in_own_words, prepared
-from api.responses_bodies import function_tools, response_body
 from pipeline.builtin import BUILTIN_MODEL
 from pipeline.errors import ContextLengthExceeded, InvalidRequest
 from pipeline.preprocess import Preprocessor
+from pipeline.surface.asks import conversation, form, served, wanted
+from pipeline.surface.input_items import calls_in, kept_items, read_items
+from pipeline.surface.responses_asks import answer_form, as_chat, echo, in_own_words, prepared
+from pipeline.surface.responses_bodies import function_tools, response_body
 from pipeline.tokenizer import Tokenizer
 from tests.openai_types import strictly
 
@@ -72,7 +72,7 @@ def read_all(data: bytes) -> None:
         ({"include": ["x"]}, "include[0]"),
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
         ({"metadata": {"k" * 65: ""}}, "metadata"),
-        ({"metadata": {"k": "v" * 513}}, "metadata.k"),
+        ({"metadata": {"k": "v" * 513}}, "metadata[...]"),
         ({"metadata": {"k": 1}}, "metadata[...]"),
         ({"service_tier": "gold"}, "service_tier"),
         ({"truncation": "left"}, "truncation"),
@@ -107,6 +107,18 @@ def messages(*items: Any, **fields: Any) -> list[dict[str, Any]]:
     body = response_body(raw(input=list(items), **fields))
     assert body.input is not None
     return list(conversation(as_chat(body, read_items(body.input))).messages)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["", False, 0, [], "image"])
+def test_an_item_of_no_type_that_is_read_is_refused(kind: Any) -> None:
+    with pytest.raises(InvalidRequest) as wrong:
+        read_items([{"type": kind, "role": "user", "content": "hi"}])
+    assert (wrong.value.param, wrong.value.code) == ("input[0].type", "unsupported_parameter")
+
+
+def test_an_item_without_a_type_is_a_message() -> None:
+    said = {"role": "user", "content": "hi"}
+    assert messages(said) == messages({**said, "type": None}) == messages({**said, "type": "message"})
 
 
 def test_items_of_an_assistant_in_a_row_are_one_message() -> None:
@@ -201,9 +213,9 @@ def test_errors_have_the_names_of_responses() -> None:
 def test_what_the_engine_does_not_serve_is_named_as_it_was_asked_for(fields: dict[str, Any], param: str) -> None:
     chat = as_chat(response_body(raw(**fields)), read_items("hi"))
     with pytest.raises(InvalidRequest, match=f"{param} is not supported.*mock") as refused, in_own_words():
-        check_served(chat, "mock")
+        served(chat, "mock")
     assert refused.value.param == param
-    check_served(chat, "vllm")
+    served(chat, "vllm")
 
 
 def ready(truncation: str, *, words: int) -> list[int]:
@@ -211,8 +223,12 @@ def ready(truncation: str, *, words: int) -> list[int]:
     body = response_body(raw(input=items, truncation=truncation, instructions="Be brief.", max_output_tokens=5))
     assert body.input is not None
     read = read_items(body.input)
-    preprocessor = Preprocessor(Tokenizer.load(BUILTIN_MODEL), model="m", max_model_len=250, default_max_tokens=9)
-    return prepared(preprocessor, "r", body, as_chat(body, read), kept_items(read, "r"), "default").token_ids
+    preprocessor = Preprocessor(
+        Tokenizer.load(BUILTIN_MODEL), model="m", max_model_len=250, default_max_tokens=9, max_choices=1
+    )
+    chat = as_chat(body, read)
+    told = answer_form(body, chat, kept_items(read, "r"), "default")
+    return prepared(preprocessor, "r", chat, wanted(chat), told, truncates=truncation == "auto").token_ids
 
 
 def test_truncation_leaves_out_the_oldest_messages() -> None:

@@ -11,11 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from api.errors import TABLE, error_json, error_of_end, error_response, row_of
-from api.feed import Piece
-from api.said import call_id, finish_word
-from api.shapes.openai import DONE, OpenAIEvents, OpenAIShape, error_events
-from api.sse import PING, text_json
+from api.errors import error_response
 from pipeline.answer_form import AnswerForm, with_form
 from pipeline.errors import (
     BatonError,
@@ -36,6 +32,11 @@ from pipeline.errors import (
 from pipeline.parsing import Part, PartKind
 from pipeline.protocol import BackendInput, FinishReason, Request, SamplingOptions, StopConditions, Timeline
 from pipeline.stream import Ended, Usage
+from pipeline.surface.errors import TABLE, error_json, error_of_end, row_of
+from pipeline.surface.feed import Piece
+from pipeline.surface.said import call_id, finish_word
+from pipeline.surface.shapes.openai import DONE, OpenAIEvents, OpenAIShape, error_events
+from pipeline.surface.sse import PING, text_json
 
 ID = "tiny-AAAAAAAAAAAAAAAAAAAAAA"
 

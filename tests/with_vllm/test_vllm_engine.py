@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from pipeline.errors import KVLost, Unservable
-from pipeline.protocol import BackendInput, FinishReason, KVHandle, Log, OutputOptions
+from pipeline.protocol import BackendInput, FinishReason, KVHandle, Log
 from tests.contract.engines import request_of, stopping
 from tests.with_vllm.pairs import BLOCK, Pair, fresh, pair_at, prompt
 from tests.with_vllm.settings import requires_vllm
@@ -172,6 +172,18 @@ async def test_a_prefill_that_is_given_up_at_any_moment_leaves_no_handle(pair: P
     await pair.rests()
 
 
+async def test_a_fetch_that_is_given_up_at_any_moment_leaves_no_blocks(pair: Pair) -> None:
+    for number in range(40):
+        asked, kv, log = await exported(pair, f"fetched {number}", 70 + number)
+        fetching = asyncio.create_task(pair.decode.engine.decode(asked, kv, log))
+        await asyncio.wait([fetching], timeout=0.0005 * (number % 20))
+        fetching.cancel()
+        await asyncio.wait([fetching])
+        await pair.decode.engine.cancel(asked.request_id)
+        await pair.prefill.engine.release(kv.id)
+    await pair.rests()
+
+
 async def test_it_ends_where_the_request_says(pair: Pair) -> None:
     asked = request_of("free", prompt(60), 30)
     [[free]] = await pair.prefill.generate(asked)
@@ -188,10 +200,15 @@ async def test_it_ends_where_the_request_says(pair: Pair) -> None:
         over = await pair.decode.take_over(pair.prefill, request)
         assert over == [free[:expected]], name
         assert pair.decode.ends.get((name, 0), reason) is reason
-    [[late]] = await pair.prefill.generate(
-        msgspec.structs.replace(stopping(asked, min_tokens=12), request_id="late", eos_token_ids=[third])
-    )
+    later = msgspec.structs.replace(stopping(asked, min_tokens=12), request_id="late", eos_token_ids=[third])
+    [[late]] = await pair.prefill.generate(later)
     assert len(late) >= 12
+    over = await pair.decode.take_over(pair.prefill, msgspec.structs.replace(later, request_id="late, handed over"))
+    assert over == [late]
+    [[cut]] = await pair.prefill.generate(
+        msgspec.structs.replace(stopping(asked, min_tokens=12, max_tokens=5), request_id="late and cut")
+    )
+    assert cut == free[:5]
     single = await pair.prefill.engine.prefill(
         stopping(msgspec.structs.replace(asked, request_id="1"), max_tokens=1), Log.empty(1)
     )
@@ -210,7 +227,6 @@ async def test_what_cannot_be_served_is_refused_by_name(pair: Pair) -> None:
         (msgspec.structs.replace(good, token_ids=[5, -7, 6]), "-7"),
         (stopping(good, stop_token_ids=[-1], min_tokens=3), "-1"),
         (request_of("refused", prompt(10), top_p=7.0), "top_p"),
-        (msgspec.structs.replace(good, output_options=OutputOptions(prompt_logprobs=1)), "prompt_logprobs"),
         (request_of("refused", prompt(10), logit_bias={"a": 1.0}), "logit_bias"),
     ]:
         with pytest.raises(Unservable, match=word):

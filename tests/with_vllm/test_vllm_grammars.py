@@ -124,3 +124,17 @@ async def test_what_is_no_grammar_is_refused(pair: Pair, wrong: GuidedDecoding, 
         else:
             await pair.decode.engine.decode(asked, None, Log.empty(1))
     await pair.rests()
+
+
+@pytest.mark.parametrize("how", ["greedy", "seeded"])
+async def test_an_answer_ends_with_its_grammar_however_long_it_should_be(
+    pair: Pair, tokenizer: Tokenizer, how: str
+) -> None:
+    """`min_tokens` beyond the end of the grammar: nothing may come, so the end comes."""
+    asked = constrained(f"long {how}", "choice", how, tokenizer)
+    asked = msgspec.structs.replace(
+        asked, stop_conditions=msgspec.structs.replace(asked.stop_conditions, min_tokens=40)
+    )
+    [tokens] = await pair.decode.take_over(pair.prefill, asked)
+    assert pair.decode.ends[asked.request_id, 0] is FinishReason.EOS
+    assert follows("choice", tokenizer.decode(tokens))

@@ -17,6 +17,7 @@ import pytest_asyncio
 from pipeline.kv_events import FIELD, BlocksCleared, BlocksStored, decode
 from pipeline.protocol import pack_tokens, unpack_tokens
 from pipeline.redis_server import RedisServer
+from tests.clients.running import run
 from tests.serving import Served, serving
 from tests.system import POOL
 from tests.with_vllm.adapters import write_adapter
@@ -32,6 +33,10 @@ SCHEMA = {
     "additionalProperties": False,
 }  # fmt: skip
 KV_EVENTS = "engine.vllm.kv_events=true"
+# of tests/clients/programs
+PROGRAMS = (
+    "openai_chat.py", "openai_tools.py", "openai_parse.py", "openai_responses.py", "openai_texts.py", "anthropic_messages.py",
+)  # fmt: skip
 BY_SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "story", "schema": SCHEMA}}
 
 
@@ -79,6 +84,25 @@ async def test_a_decode_that_dies_leaves_an_answer_that_follows_its_schema(
 
 
 ASKED: dict[str, Any] = {"model": POOL, "max_tokens": 30, "temperature": 1.0, "seed": 3}
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+async def test_an_echo_has_the_prompt_s_log_probabilities_whole_and_streamed(
+    client: openai.AsyncOpenAI, max_tokens: int
+) -> None:
+    """As evaluation harnesses ask for them."""
+    asked = ASKED | {"prompt": "Once there was a fox", "max_tokens": max_tokens, "logprobs": 1, "echo": True}
+    whole = (await client.completions.create(**asked)).choices[0]
+    assert whole.text.startswith("Once there was a fox")
+    told = whole.logprobs.token_logprobs
+    assert told[0] is None
+    assert all(
+        one <= max(top.values()) <= 0 for one, top in zip(told[1:], whole.logprobs.top_logprobs[1:], strict=True)
+    )
+    streamed = [chunk.choices[0] async for chunk in await client.completions.create(**asked, stream=True)]
+    again = [value for choice in streamed if choice.logprobs for value in choice.logprobs.token_logprobs]
+    assert again[1:] == pytest.approx(told[1:], abs=2e-3)
+    assert "".join(choice.text for choice in streamed) == whole.text
 
 
 async def test_a_message_has_its_log_probabilities_whole_and_streamed(client: openai.AsyncOpenAI) -> None:
@@ -143,6 +167,12 @@ async def test_a_stream_goes_on_with_its_log_probabilities_on_another_connection
     for other in (content_of(plain.splitlines()), shown["choices"][0]["logprobs"]["content"]):
         assert [entry["token"] for entry in entries] == [entry["token"] for entry in other]
         assert [entry["logprob"] for entry in entries] == pytest.approx([entry["logprob"] for entry in other], abs=2e-3)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_a_program_of_a_user_gets_what_it_expects(served: Served, program: str) -> None:
+    await run(program, "tools", served.url)
+    await served.system.until(served.rests, 20)
 
 
 async def test_an_adapter_is_a_model_of_its_own(served: Served, client: openai.AsyncOpenAI) -> None:

@@ -13,6 +13,7 @@ from workers.engine import EngineInfo, EngineStats, Prefilled
 from workers.engines.paged.blocks import BlockPool
 from workers.engines.paged.exchange import ExportedBlocks, FetchedBlocks
 from workers.engines.paged.jobs import Job, cancelled, new_job, sampling_choices
+from workers.engines.paged.prompts import scores_of
 from workers.engines.paged.refusals import refuse_foreign, refuse_foreign_tokens, refuse_unserved
 from workers.engines.paged.runner import Runner, RunnerInfo
 from workers.engines.paged.scheduler import Scheduler
@@ -50,6 +51,7 @@ class PagedEngine:
         await self._transfer.start(self._runner.device)
         self._info = describe(runner)
         self._vocab_size = runner.vocab_size
+        self._scores_prompts = runner.scores_prompts
         self._pool = BlockPool(runner.num_blocks, runner.block_size, prefix_cache=runner.prefix_cache)
         self._scheduler = Scheduler(
             self._pool, max_num_seqs=runner.max_num_seqs, max_num_batched_tokens=runner.max_num_batched_tokens
@@ -63,7 +65,9 @@ class PagedEngine:
         if all(done.finished):
             return Prefilled(outputs=[], kv=None, cached_tokens=0)
         constraints = await self._constraints(request, done, to_export=True)
-        job = new_job(request, done, next(self._arrivals), self.info.max_model_len, constraints, to_export=True)
+        job = new_job(
+            request, done, next(self._arrivals), self.info.max_model_len, constraints, to_export=True, scores=scores_of(request)
+        )  # fmt: skip
         self._stepper.submit(job)
         try:
             cached_tokens = await job.joined
@@ -81,7 +85,10 @@ class PagedEngine:
         if kv is not None:
             refuse_foreign(request, kv, self.info)
         constraints = await self._constraints(request, done, to_export=False)
-        job = new_job(request, done, next(self._arrivals), self.info.max_model_len, constraints, to_export=False)
+        job = new_job(
+            request, done, next(self._arrivals), self.info.max_model_len, constraints, to_export=False,
+            scores=scores_of(request) if kv is None else None,
+        )  # fmt: skip
         if not job.sequences:
             self._stepper.end(job.complete)
             return 0
@@ -174,6 +181,8 @@ class PagedEngine:
         if self._stepper.job(request.request_id) is not None or request.request_id in self._compiling:
             raise Unservable(f"request {request.request_id} is already in this engine")
         refuse_unserved(request, done, self.info)
+        if request.output_options.prompt_logprobs is not None and not self._scores_prompts:
+            raise Unservable(f"request {request.request_id}: this model's logits of a prompt cannot be had in parts")
         refuse_foreign_tokens(request, self._vocab_size)
 
     async def _constraints(self, request: BackendInput, done: Log, *, to_export: bool) -> Mapping[int, Constraint]:

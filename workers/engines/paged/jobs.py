@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.protocol import BackendInput, FinishReason, LLMEngineOutput, Log
+from workers.engines.paged.prompts import PromptScores
 from workers.engines.paged.sequence import Place, Sequence
 from workers.engines.paged.shaping import Constraint
 
@@ -44,11 +45,12 @@ def new_job(
     constraints: Mapping[int, Constraint],
     *,
     to_export: bool,
+    scores: PromptScores | None = None,
 ) -> Job:
     """One sequence for each choice that has not ended; the first without a token leads, the others follow.
 
     `to_export`: the prompt only, and the first token of each choice that lacks it. `constraints`: of the choices that sample, where
-    the request has a grammar.
+    the request has a grammar. `scores`: where the prompt is computed here and something is to be told of it.
     """
     loop = asyncio.get_running_loop()
     unfinished = sampling_choices(done, to_export=False)
@@ -63,6 +65,7 @@ def new_job(
             to_export=to_export,
             to_sample=not (to_export and done.tokens[choice]),
             constraint=constraints.get(choice),
+            scores=scores,
         )
         for choice in choices
     ]

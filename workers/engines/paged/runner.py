@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 
 from pipeline.protocol import BackendInput, SamplingOptions
+from workers.engines.paged.prompts import Asked
 from workers.engines.paged.shaping import Constraint, Shaping
 from workers.transfer import Memory
 
@@ -28,13 +29,15 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     """A run of tokens of one sequence: `token_ids` stand at positions `start`, `start + 1`, ...
 
     The runner writes their keys and values into the blocks of `table`, where those of all positions before `start`
-    already are, and chooses one token for each of `draws` from the logits of the last position.
+    already are, and chooses one token for each of `draws` from the logits of the last position. Where `asked` is there, it leaves in
+    it what it asks for.
     """
 
     token_ids: list[int]
     start: int
     table: array[int]
     draws: list[Draw]
+    asked: Asked | None = None
 
 
 class RowFailure(msgspec.Struct, frozen=True):
@@ -68,6 +71,7 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     prefix_cache: bool
     vocab_size: int  # logits of a position
+    scores_prompts: bool = True  # whether it answers what a row asks of its prompt
 
 
 class Runner(Protocol):

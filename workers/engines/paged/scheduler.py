@@ -193,8 +193,9 @@ class Scheduler:
         sequence.computed = len(found) * self._pool.block_size
 
     def _findable(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the blocks that may come from the cache: never the one of the last token, whose logits are needed."""
-        if not self._pool.prefix_cache:
+        """Hashes of the blocks that may come from the cache: never the one of the last token, whose logits are needed; none where those of
+        the prompt are."""
+        if not self._pool.prefix_cache or (sequence.scores is not None and not sequence.scores.is_complete):
             return []
         return sequence.block_hashes(sequence.length - 1, self._pool.block_size)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from pipeline.protocol import BackendInput, FinishReason
 from workers.engines.paged.blocks import chain_hash, new_table, root_hash
+from workers.engines.paged.prompts import PromptScores
 from workers.engines.paged.runner import Draw
 from workers.engines.paged.shaping import Constraint, Shaping, shaping_of
 
@@ -46,6 +47,7 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     fetch_tokens: int = 0  # tokens whose blocks come from a handle, on first admission
     constraint: Constraint | None = None
+    scores: PromptScores | None = None  # the same for all choices, where something is to be told of the prompt
     shaping: Shaping | None = field(init=False)
 
     def __post_init__(self) -> None:

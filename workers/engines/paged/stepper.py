@@ -16,6 +16,7 @@ from pipeline.errors import EngineDied
 from pipeline.protocol import FinishReason, LLMEngineOutput
 from workers.engines.paged.blocks import BlockPool
 from workers.engines.paged.jobs import Job, output_of
+from workers.engines.paged.prompts import Asked
 from workers.engines.paged.runner import Chosen, Row, RowFailure, Runner, Scored
 from workers.engines.paged.scheduler import ScheduledRow, Scheduler, Step
 from workers.engines.paged.sequence import Place, Sequence
@@ -199,8 +200,8 @@ class Stepper:
         finally:
             self._is_in_flight = False
         outputs, self._ended = self._ended, []
-        for row, group in zip(step.rows, samplers, strict=True):
-            self._commit(row, [(sampler, next(chosen)) for sampler in group], outputs)
+        for row, ready, group in zip(step.rows, rows, samplers, strict=True):
+            self._commit(row, ready.asked, [(sampler, next(chosen)) for sampler in group], outputs)
         for sequence in self._left:
             self._scheduler.release(sequence)
         self._left.clear()
@@ -210,7 +211,13 @@ class Stepper:
             self._unread.append(outputs)
             self._news.set()
 
-    def _commit(self, row: ScheduledRow, drawn: list[tuple[Sequence, Chosen]], outputs: list[LLMEngineOutput]) -> None:
+    def _commit(
+        self,
+        row: ScheduledRow,
+        asked: Asked | None,
+        drawn: list[tuple[Sequence, Chosen]],
+        outputs: list[LLMEngineOutput],
+    ) -> None:
         """The row is computed: its blocks are known, its choices have their token, its followers what they waited for."""
         sequence = row.sequence
         if sequence.place is not Place.RUNNING:
@@ -220,8 +227,14 @@ class Stepper:
         self._publish_blocks(sequence, before)
         job = self._jobs[sequence.request.request_id]
         drawn_outputs = [self._take_token(sampler, value) for sampler, value in drawn if sampler in job.sequences]
+        is_over = sequence.to_export and (sequence.computed == sequence.length or bool(drawn))
+        if sequence.scores is not None:
+            if asked is not None:
+                sequence.scores.take(asked)
+            if drawn_outputs or is_over:
+                drawn_outputs = with_prompt(drawn_outputs, sequence)
         if sequence.to_export:
-            if sequence.computed == sequence.length or drawn:
+            if is_over:
                 self._end_prefill(job, sequence, drawn_outputs)
             return
         outputs += drawn_outputs
@@ -239,6 +252,8 @@ class Stepper:
         if isinstance(value, RowFailure):
             self._runner.clear(self._pool.forget(sequence.table))
             return output_of(sequence, [], FinishReason.ERROR, value.message)
+        if sequence.request.stop_conditions.max_tokens == 0:  # the prompt is all that is asked for
+            return output_of(sequence, [], FinishReason.LENGTH)
         token = value.token if isinstance(value, Scored) else value
         sequence.output.append(token)
         self.counters.output_tokens += 1
@@ -306,4 +321,16 @@ class Stepper:
 def as_row(row: ScheduledRow, samplers: list[Sequence]) -> Row:
     """The row as the runner sees it."""
     sequence, end = row.sequence, row.start + row.count
-    return Row(sequence.tokens(row.start, end), row.start, sequence.table, [sampler.draw() for sampler in samplers])
+    asked = sequence.scores.ask(row.start, end) if sequence.scores is not None else None
+    draws = [sampler.draw() for sampler in samplers]
+    return Row(sequence.tokens(row.start, end), row.start, sequence.table, draws, asked)
+
+
+def with_prompt(outputs: list[LLMEngineOutput], sequence: Sequence) -> list[LLMEngineOutput]:
+    """The first outputs of a request with what is to be told of its prompt. Where it had all of them before, one without tokens."""
+    assert sequence.scores is not None
+    records = sequence.scores.tell()
+    if not records:
+        return outputs
+    first, *others = outputs or [output_of(sequence, [], None)]
+    return [msgspec.structs.replace(first, prompt_logprobs=records), *others]

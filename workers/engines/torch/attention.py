@@ -76,6 +76,11 @@ class PagedStep:
         last_of = dict(zip(order, ends - 1, strict=True))
         sampling = [last_of[index] for index, row in enumerate(rows) if row.draws]  # none in a step of chunks alone
         self.sampling = self._tensor(np.array(sampling, dtype=np.int64))
+        self.asked = [  # with the place of the first position that each asks for in the ragged row
+            (int(last_of[index]) + 1 - len(row.token_ids) + row.asked.first - row.start, row.asked)
+            for index, row in enumerate(rows)
+            if row.asked is not None
+        ]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import embedding, silu
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from workers.engines.torch import onednn
 from workers.engines.torch.attention import STEP_ARGUMENT, PagedStep
@@ -27,12 +28,16 @@ LLAMA_FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Q
 class Decoder(Protocol):
     """Runs a step."""
 
-    def hidden(self, step: RaggedStep) -> torch.Tensor:
+    def hidden(self, step: PagedStep | RaggedStep) -> torch.Tensor:
         """[total, hidden size], behind the last norm; what the model would make logits of."""
         ...
 
     def logits(self, step: PagedStep) -> torch.Tensor:
         """[rows that sample, vocabulary], of the last position of each; the step's keys and values are written."""
+        ...
+
+    def head(self, rows: torch.Tensor) -> torch.Tensor:
+        """[rows, vocabulary]: the logits that the model would make of rows of `hidden`."""
         ...
 
 
@@ -48,7 +53,7 @@ class WholeModel:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def hidden(self, step: RaggedStep) -> torch.Tensor:
+    def hidden(self, step: PagedStep | RaggedStep) -> torch.Tensor:
         """See `Decoder.hidden`."""
         arguments = {STEP_ARGUMENT: step}
         output = self._model.base_model(
@@ -67,6 +72,18 @@ class WholeModel:
             **{STEP_ARGUMENT: step},
         )
         logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def head(self, rows: torch.Tensor) -> torch.Tensor:
+        """See `Decoder.head`. The model's own way: there are some that scale or cap their logits."""
+        inner = self._model.base_model
+        inner.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=rows[None])
+        try:
+            logits: torch.Tensor = self._model(
+                input_ids=torch.zeros_like(rows[None, :, 0], dtype=torch.long), use_cache=False
+            ).logits[0]
+        finally:
+            del inner.forward  # the class's is there again
         return logits
 
 
@@ -142,13 +159,17 @@ class FusedDecoder:
         self._norm = Norm.of(inner.norm)
         self._head = Product(model.lm_head, packed=True) if packed else model.lm_head
 
-    def hidden(self, step: RaggedStep) -> torch.Tensor:
+    def hidden(self, step: PagedStep | RaggedStep) -> torch.Tensor:
         """See `Decoder.hidden`."""
         return self._through_layers(step, None)
 
     def logits(self, step: PagedStep) -> torch.Tensor:
         """See `Decoder.logits`."""
-        logits: torch.Tensor = self._head(self._through_layers(step, step.sampling))
+        return self.head(self._through_layers(step, step.sampling))
+
+    def head(self, rows: torch.Tensor) -> torch.Tensor:
+        """See `Decoder.head`."""
+        logits: torch.Tensor = self._head(rows)
         return logits
 
     def _through_layers(self, step: PagedStep | RaggedStep, wanted: torch.Tensor | None) -> torch.Tensor:

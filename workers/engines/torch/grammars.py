@@ -25,7 +25,9 @@ from pipeline.tokenizer import Tokenizer
 from workers.engines.paged.runner import RowFailure
 
 KEPT = 64  # compiled grammars
-CACHED = 2**18  # logits that are masked at a time on a CPU
+_BYTES = np.arange(256, dtype=np.uint8)[:, None]
+LIMITS = np.where(np.unpackbits(_BYTES, axis=1, bitorder="little"), np.float32(np.inf), np.float32(-np.inf))
+"""For each byte of a mask, what the eight logits that it stands for are limited to."""
 Bits = NDArray[np.int32]
 
 
@@ -122,28 +124,32 @@ def mask(logits: torch.Tensor, rows: Sequence[tuple[int, GrammarConstraint]]) ->
 def leave(logits: torch.Tensor, rows: Sequence[int], bits: Bits) -> None:
     """Set to minus infinity in these ascending rows of `logits` what has no bit, the lowest bit first.
 
-    As a minimum with plus or minus infinity, some rows at a time that fit into a cache: filling by a mask looks at each number for
-    itself, and takes three to ten times as long on a CPU.
+    As a minimum with plus or minus infinity: filling by a mask looks at each number for itself, which takes a CPU three to ten times as
+    long.
     """
-    size = logits.shape[-1]
-    count = max(1, CACHED // size) if logits.device.type == "cpu" else len(rows)
-    for first in range(0, len(rows), count):
-        some = list(rows[first : first + count])
-        limits = limits_of(bits[first : first + count], logits.device)[:, :size]
-        if some[-1] - some[0] + 1 == len(some):
-            run = logits[some[0] : some[-1] + 1]
-            torch.minimum(run, limits, out=run)
-        else:
-            logits[some] = torch.minimum(logits[some], limits)
+    if logits.device.type == "cpu":
+        leave_on_cpu(logits, rows, bits)
+        return
+    limits = limits_of(bits, logits.device)[:, : logits.shape[-1]]
+    if rows[-1] - rows[0] + 1 == len(rows):
+        run = logits[rows[0] : rows[-1] + 1]
+        torch.minimum(run, limits, out=run)
+    else:
+        logits[list(rows)] = torch.minimum(logits[list(rows)], limits)
+
+
+def leave_on_cpu(logits: torch.Tensor, rows: Sequence[int], bits: Bits) -> None:
+    """`leave`, a row at a time, which fits into a cache; limits come eight at a time out of a table that does, too."""
+    limits = torch.empty(bits.shape[-1] * 4, 8)
+    for row, row_bits in zip(rows, bits, strict=True):
+        np.take(LIMITS, row_bits.view(np.uint8), axis=0, out=limits.numpy(), mode="clip")
+        torch.minimum(logits[row], limits.view(-1)[: logits.shape[-1]], out=logits[row])
 
 
 def limits_of(bits: Bits, device: torch.device) -> torch.Tensor:
     """Infinity where there is a bit, minus infinity elsewhere."""
-    if device.type == "cpu":
-        flags = torch.from_numpy(np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little"))
-    else:
-        words = torch.from_numpy(bits).to(device, non_blocking=True)
-        flags = ((words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1).flatten(1)
+    words = torch.from_numpy(bits).to(device, non_blocking=True)
+    flags = ((words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1).flatten(1)
     return flags.float().sub_(0.5).mul_(torch.inf)
 
 

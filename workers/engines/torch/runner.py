@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline.config import PoolSettings, TorchSettings
 from pipeline.errors import Unservable
 from pipeline.protocol import BackendInput, SamplingOptions
 from workers.engines.paged.blocks import new_table
+from workers.engines.paged.prompts import Asked
 from workers.engines.paged.runner import Chosen, Draw, Row, RunnerInfo
 from workers.engines.torch.attention import ATTENTION_NAME, PagedStep
 from workers.engines.torch.cache import KVCache
@@ -20,9 +22,12 @@ from workers.engines.torch.decoder import decoder_of
 from workers.engines.torch.dense import DenseMemory, can_copy
 from workers.engines.torch.grammars import GrammarConstraint, Grammars, grammars_of
 from workers.engines.torch.heap import keep_freed_memory
+from workers.engines.torch.logprobs import score
 from workers.engines.torch.model import fingerprint, geometry_of, load_model, model_length
 from workers.engines.torch.sampling import choose
 from workers.transfer import Memory
+
+log = logging.getLogger("baton.torch")
 
 PROBE_LENGTH = 24  # tokens by which the paged attention is compared with the model's own at start
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit
@@ -96,9 +101,11 @@ class TorchRunner:
         length = model_length(self._model.config, self._pool.max_model_len)
         layout = fingerprint(self._model, geometry)
         eager = self._eager_logits()
+        self._vocab_size = eager.shape[-1]
         with torch.inference_mode():
             self._decoder = decoder_of(self._model, length)
         self._compare(eager)
+        scores_prompts = self._compare_head(eager)
         try:
             self._grammars = grammars_of(self._pool, eager.shape[-1])
         except Unservable as reason:  # all else is served
@@ -116,7 +123,8 @@ class TorchRunner:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             prefix_cache=settings.prefix_cache,
-            vocab_size=eager.shape[-1],
+            vocab_size=self._vocab_size,
+            scores_prompts=scores_prompts,
         )
 
     @torch.inference_mode()
@@ -132,10 +140,16 @@ class TorchRunner:
     def _forward(self, rows: Sequence[Row]) -> torch.Tensor | None:
         """Logits [rows that sample, vocabulary] of the last position of each, in float32; None where no row samples."""
         step = PagedStep(rows, self._cache, self._memory)
-        logits = self._decoder.logits(step)
+        logits = self._decoder.logits(step) if not step.asked else self._score(step)
         if self._memory is not None:
             self._memory.advance()
         return logits.float() if len(step.sampling) else None
+
+    def _score(self, step: PagedStep) -> torch.Tensor:
+        """The same logits, from the hidden states of all positions: those of prompts are looked at, too."""
+        hidden = self._decoder.hidden(step)
+        score(step.asked, hidden, self._decoder.head, self._vocab_size)
+        return self._decoder.head(hidden[step.sampling])
 
     @torch.inference_mode()
     def _eager_logits(self) -> torch.Tensor:
@@ -162,13 +176,32 @@ class TorchRunner:
         except Exception as error:  # code of a model that we do not know
             raise Unservable(f"model {self._pool.model}: it does not run on paged attention: {error}") from error
         self._cache.clear(table)
-        assert paged is not None
-        difference = float((paged[0] - eager).abs().max() / eager.abs().max())
+        difference = self._difference(paged, eager)
         if not difference < PROBE_TOLERANCE[self._model.dtype]:
             raise Unservable(
                 f"model {self._pool.model}: paged attention gives other logits than the model's own, by {difference:.2g} "
                 "of the largest; its attention does something that the torch engine does not know"
             )
+
+    @torch.inference_mode()
+    def _compare_head(self, eager: torch.Tensor) -> bool:
+        """Whether hidden states become the model's own logits here, as prompts that are scored need it; without that all else is served."""
+        tokens = self._probe_tokens()
+        table = new_table(range(-(-len(tokens) // self._settings.block_size)))
+        draw = Draw(SamplingOptions(), choice=0, index=0, banned=(), eos_token_ids=())
+        try:
+            logits = self._forward([Row(tokens, 0, table, [draw], Asked(0, tokens[1:], 1))])
+            return self._difference(logits, eager) < PROBE_TOLERANCE[self._model.dtype]
+        except Exception as error:  # noqa: BLE001  # code of a model that we do not know
+            log.warning("model %s: log probabilities of prompts are not served: %s", self._pool.model, error)
+            return False
+        finally:
+            self._cache.clear(table)
+
+    def _difference(self, logits: torch.Tensor | None, eager: torch.Tensor) -> float:
+        """Of the last position, as a share of the largest."""
+        assert logits is not None
+        return float((logits[0] - eager).abs().max() / eager.abs().max())
 
     def _probe_tokens(self) -> list[int]:
         vocabulary = self._model.config.get_text_config(decoder=True).vocab_size

@@ -30,6 +30,7 @@ from workers.engines.vllm.futures import give
 from workers.engines.vllm.grammars import lead_through
 from workers.engines.vllm.handover import HandOver
 from workers.engines.vllm.jobs import Choice, Job
+from workers.engines.vllm.logprobs import logprobs_of, prompt_alone, prompt_records
 from workers.engines.vllm.nixl_exchange import NixlExchange
 from workers.engines.vllm.requests import params_of, priority_of, prompt_of
 from workers.transfer import Transfer
@@ -92,9 +93,8 @@ class VllmEngine:
         self._info = await self._core.call(lambda: describe(self._vllm, self._exchange.memory, self._pool.model))
 
     def _hand_over(self, core: Core) -> HandOver:
-        if self._settings.connector == "nixl":
-            return NixlExchange(self._transfer, lambda: self.info.layout, core.tell, core.post)
-        return Exchange(self._transfer, lambda: self.info.layout, core.tell)
+        kind = NixlExchange if self._settings.connector == "nixl" else Exchange
+        return kind(self._transfer, lambda: self.info.layout, core.tell, core.post)
 
     # -- requests -------------------------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class VllmEngine:
                 self._exchange.expect_export(leader.key, export)
             else:
                 export.handle.cancel()
-            self._submit(leader, max_tokens=1)
+            self._submit(leader, max_tokens=1, scores_prompt=True)
             export.cached_tokens = await leader.first
             followers = [self._open(job, number, []) for number in lacking[1:]]
             for follower in followers:
@@ -121,7 +121,7 @@ class VllmEngine:
             for follower in followers:
                 await follower.first
             kv = None if export.handle.cancelled() else await export.handle
-            outputs = job.outputs if lacking else []
+            outputs = job.outputs if lacking else [prompt_alone(o) for o in job.outputs if o.prompt_logprobs]
             ended = {output.choice for output in outputs if output.finish_reason is not None}
             if kv is not None and ended.issuperset(going):
                 await self._exchange.release(kv.id)
@@ -158,7 +158,7 @@ class VllmEngine:
         return cached_tokens
 
     async def _compute(self, leader: Choice) -> int:
-        self._submit(leader)
+        self._submit(leader, scores_prompt=True)
         return await leader.first
 
     async def _fetch(self, leader: Choice, kv: KVHandle, followers: list[Choice]) -> int:
@@ -257,16 +257,20 @@ class VllmEngine:
 
     def _output_of(self, choice: Choice, output: Any) -> LLMEngineOutput:
         index, request = len(choice.output), choice.job.request
-        choice.output += output.new_token_ids
+        token_ids = (
+            [] if request.stop_conditions.max_tokens == 0 else list(output.new_token_ids)
+        )  # the prompt alone is asked for
+        choice.output += token_ids
         reason = finish_reason(request, choice.output, self.info.max_model_len)
         error = None
         if output.finish_reason is not None and str(output.finish_reason) == "error":
             reason = FinishReason.ERROR
             why = choice.why or "its log has the reason"
             error = f"request {request.request_id}, choice {choice.number}: vLLM gave up on it: {why}"
-        logprobs, top = logprobs_of(output, request.output_options.logprobs)
+        logprobs, top = logprobs_of(output, request.output_options.logprobs) if token_ids else (None, None)
+        prompt = prompt_records(output, request)
         return LLMEngineOutput(
-            request.request_id, choice.number, index, list(output.new_token_ids), reason, logprobs, error, top
+            request.request_id, choice.number, index, token_ids, reason, logprobs, error, top, prompt
         )
 
     def _refuse(self, key: str, error: Exception) -> None:
@@ -336,14 +340,17 @@ class VllmEngine:
         else:
             job.outputs.append(LLMEngineOutput(job.request.request_id, number, len(output), [], reason))
 
-    def _submit(self, choice: Choice, max_tokens: int = 0) -> None:
-        """Give a choice to vLLM, for at most `max_tokens` more tokens; 0: as many as the request allows."""
+    def _submit(self, choice: Choice, max_tokens: int = 0, *, scores_prompt: bool = False) -> None:
+        """Give a choice to vLLM, for at most `max_tokens` more tokens; 0: as many as the request allows, and one where it allows none."""
         request = choice.job.request
         room = self.info.max_model_len - len(request.token_ids)
-        most = min(request.stop_conditions.max_tokens or room, room) - len(choice.output)
+        asked = request.stop_conditions.max_tokens
+        most = min(room if asked is None else max(1, asked), room) - len(choice.output)
         log = list(choice.output)
         try:
-            params = params_of(request, choice.number, log, max_tokens=max_tokens or most, vocab_size=self._vocab_size)
+            params = params_of(
+                request, choice.number, log, max_tokens=max_tokens or most, vocab_size=self._vocab_size, scores_prompt=scores_prompt
+            )  # fmt: skip
             if (told := self._exchange.params(choice.key)) is not None:
                 params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": told}
             core_request = self._vllm.input_processor.process_inputs(
@@ -386,19 +393,6 @@ class VllmEngine:
             del self._jobs[job.request.request_id]
         job.cancel()
         self._abort(list(job.choices.values()))
-
-
-def logprobs_of(output: Any, asked: int | None) -> tuple[list[float] | None, list[list[tuple[int, float]]] | None]:
-    """The log probabilities of an output's tokens, and of the `asked` likeliest at each place.
-
-    vLLM gives a row for each token: itself, then the likeliest, as many as any request of the step has asked for.
-    """
-    rows = output.new_logprobs
-    if rows is None or asked is None:
-        return None, None
-    ids, values = rows.logprob_token_ids[:, : asked + 1].tolist(), rows.logprobs[:, : asked + 1].tolist()
-    tops = [list(zip(row_ids[1:], row[1:], strict=True)) for row_ids, row in zip(ids, values, strict=True)]
-    return [row[0] for row in values], tops
 
 
 def failure_of(choice: Choice, output: LLMEngineOutput) -> EngineError:

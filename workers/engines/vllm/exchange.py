@@ -82,14 +82,22 @@ class Moved:
 
 
 class Exchange:
-    """A `HandOver`, see the module's docstring. `layout` is asked once vLLM has started; `on_moved` is called in the loop."""
+    """A `HandOver`, see the module's docstring. `layout` is asked once vLLM has started; `on_moved` is called in the loop, and `post` to
+    run something on vLLM's thread between two steps."""
 
     connector = Connector("workers.engines.vllm.connector", "BatonConnector")
 
-    def __init__(self, transfer: Transfer, layout: Callable[[], str], on_moved: Callable[[Moved], None]) -> None:
+    def __init__(
+        self,
+        transfer: Transfer,
+        layout: Callable[[], str],
+        on_moved: Callable[[Moved], None],
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:
         self._transfer = transfer
         self._layout = layout
         self._on_moved = on_moved
+        self._post = post
         self._loop = asyncio.get_running_loop()
         self._memory: PagedMemory | None = None
         self._exports: dict[str, Export] = {}
@@ -127,9 +135,12 @@ class Exchange:
         return POLL_S
 
     def forget(self, key: str) -> None:
-        """This request has left. Copies that run go on to their end."""
-        self._exports.pop(key, None)
-        self._fetches.pop(key, None)
+        """This request has left. Copies that run go on to their end.
+
+        It is so between two steps: vLLM asks several times in one what a request fetches, and would wait for ever for blocks that
+        were promised by the first answer and not fetched after the second.
+        """
+        self._post(lambda: self._forget(key))
 
     async def close(self) -> None:
         """Let copies that run end."""
@@ -138,6 +149,10 @@ class Exchange:
         await asyncio.gather(*self._copies, return_exceptions=True)
 
     # -- on vLLM's thread -----------------------------------------------------------------------------------------------------
+
+    def _forget(self, key: str) -> None:
+        self._exports.pop(key, None)
+        self._fetches.pop(key, None)
 
     @property
     def memory(self) -> PagedMemory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 # before vLLM is imported; what the user has set stays
@@ -23,7 +24,7 @@ import msgspec  # noqa: E402
 import torch  # noqa: E402
 import xxhash  # noqa: E402
 from transformers.utils.hub import cached_file  # noqa: E402
-from vllm import EngineArgs  # noqa: E402
+from vllm import EngineArgs, SamplingParams  # noqa: E402
 from vllm.config import KVEventsConfig, KVTransferConfig  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
@@ -39,20 +40,38 @@ from workers.engines.vllm.handover import HandOver  # noqa: E402
 from workers.engines.vllm.memory import PagedMemory, fingerprint  # noqa: E402
 from workers.engines.weights import add_weights  # noqa: E402
 
+CPU_KV_BYTES = 2**30  # by itself vLLM takes a share of all memory, which two workers of a host cannot both have
+
 
 def make_engine(pool: PoolSettings, settings: VllmSettings, adapters: Mapping[str, Adapter], exchange: HandOver) -> Any:
     """vLLM's `LLMEngine` over the pool's model, its adapters loaded. Raises `Unservable` with vLLM's own reason."""
+    place = Path(model_place(pool.model))
+    if place.is_absolute() and not place.is_dir():  # vLLM would take it for the id of a repository
+        raise Unservable(f"pools.<name>.model = {pool.model}: there is no such folder")
     engine_id = uuid.uuid4().hex
     connector.exchanges[engine_id] = exchange
     torch.set_num_threads(settings.threads)
+    is_compiled = not (settings.enforce_eager and current_platform.is_cpu())
+    if not is_compiled:  # vLLM compiles some functions all the same, at their first call; on GPUs kernels are made so
+        torch.compiler.set_stance("force_eager")
     try:
         made_of = arguments(pool, settings, adapters, exchange.connector, engine_id)
         engine = LLMEngine.from_engine_args(EngineArgs(**made_of))
         for adapter in adapters.values():  # now: one that cannot be loaded while a step is made would end the engine
             engine.add_lora(lora_request(adapter))
+        if is_compiled:
+            warm_up(engine)
         return engine
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
         raise Unservable(f"vLLM does not start with {pool.model}: {error}") from error
+
+
+def warm_up(engine: Any) -> None:
+    """Let vLLM compile now what log probabilities need: it takes seconds, in which no request of the engine goes on."""
+    params = SamplingParams(max_tokens=1, logprobs=1, detokenize=False)
+    engine.add_request("warm-up", {"prompt_token_ids": [0]}, params)
+    while engine.has_unfinished_requests():
+        engine.step()
 
 
 def arguments(
@@ -86,7 +105,7 @@ def arguments(
     optional = {
         "block_size": settings.block_size,
         "max_model_len": pool.max_model_len,
-        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes or (CPU_KV_BYTES if current_platform.is_cpu() else 0),
         "kv_events_config": settings.kv_events and KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     }
     given = {name: value for name, value in optional.items() if value}

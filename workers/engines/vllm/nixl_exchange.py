@@ -46,7 +46,7 @@ class NixlParams(msgspec.Struct, frozen=True):
 
 
 class NixlExchange(Exchange):
-    """A `HandOver`. `post` runs something on vLLM's thread."""
+    """A `HandOver`, see the module's docstring."""
 
     connector = Connector("workers.engines.vllm.nixl_connector", "BatonNixlConnector", {"kv_lease_duration": FOREVER_S})
 
@@ -57,9 +57,8 @@ class NixlExchange(Exchange):
         on_moved: Callable[[Moved], None],
         post: Callable[[Callable[[], None]], None],
     ) -> None:
-        super().__init__(transfer, layout, on_moved)
+        super().__init__(transfer, layout, on_moved, post)
         self._owner = transfer.owner
-        self._post = post
         self._held: dict[str, tuple[str, int]] = {}  # by handle: vLLM's id of the request, bytes
         self._exported_bytes = 0
         self._fetched = Fetched()
@@ -86,11 +85,6 @@ class NixlExchange(Exchange):
             self._asked[key] = time.monotonic()
             late = KVLost(f"handle {fetch.handle.id}: not there after {FETCH_LIMIT_S:g} s", reason="gone")
             self._loop.call_later(FETCH_LIMIT_S, fail, fetch.done, late)
-
-    def forget(self, key: str) -> None:
-        """See `HandOver.forget`."""
-        super().forget(key)
-        self._asked.pop(key, None)
 
     def params(self, key: str) -> dict[str, Any] | None:
         """See `HandOver.params`."""
@@ -121,6 +115,10 @@ class NixlExchange(Exchange):
         )
 
     # -- on vLLM's thread -----------------------------------------------------------------------------------------------------
+
+    def _forget(self, key: str) -> None:
+        super()._forget(key)
+        self._asked.pop(key, None)
 
     def pause_s(self) -> float:
         """See `HandOver.pause_s`: NIXL is looked at in steps only."""

@@ -24,8 +24,17 @@ def priority_of(request: BackendInput) -> int:
     return request.routing.priority if request.routing else 0
 
 
-def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens: int, vocab_size: int) -> Any:
-    """vLLM's `SamplingParams` for what is left of a choice whose log holds `done`; at most `max_tokens` more."""
+def params_of(
+    request: BackendInput,
+    choice: int,
+    done: list[int],
+    *,
+    max_tokens: int,
+    vocab_size: int,
+    scores_prompt: bool = False,
+) -> Any:
+    """vLLM's `SamplingParams` for what is left of a choice whose log holds `done`; at most `max_tokens` more. `scores_prompt`: it is the
+    one that computes the prompt, all of it, and tells what the request asks of it."""
     from vllm import SamplingParams
 
     sampling, stop = request.sampling_options, request.stop_conditions
@@ -41,11 +50,12 @@ def params_of(request: BackendInput, choice: int, done: list[int], *, max_tokens
         repetition_penalty=1.0 if ours else sampling.repetition_penalty,  # vLLM's comes when ours has chosen
         logit_bias=bias_of(request) or None,
         max_tokens=max_tokens,
-        min_tokens=max(0, (stop.min_tokens or 0) - len(done)),
+        min_tokens=min(max_tokens, max(0, (stop.min_tokens or 0) - len(done))),  # it refuses more than may come
         ignore_eos=True,  # Baton says which tokens end: the request has them
         stop_token_ids=sorted({*(stop.stop_token_ids or ()), *eos}),
         detokenize=False,
         structured_outputs=constraint_of(request),
         logprobs=request.output_options.logprobs,
+        prompt_logprobs=request.output_options.prompt_logprobs if scores_prompt else None,
         extra_args={KEY: msgspec.to_builtins(keyed)} if ours else None,
     )

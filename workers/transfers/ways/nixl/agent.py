@@ -13,6 +13,7 @@ import asyncio
 import atexit
 import contextlib
 import importlib
+import logging
 import os
 import threading
 from collections import deque
@@ -29,6 +30,9 @@ READ_S = 0.0001  # between two looks at reads that run
 STUCK_READ_S, STUCK_AFTER_S = 0.02, 10.0  # at those that have run for long
 SERVE_S, IDLE_S = 0.001, 0.02  # between two looks at what others ask, with and without something to read
 INSTALL = "pip install 'baton-serve[nixl]'"
+CLOSED = "the transfer was closed"
+
+log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
@@ -72,6 +76,7 @@ class Agent:
         self._readings: list[Reading] = []
         self._changed = threading.Condition()
         self._is_closing = False
+        self._has_told = False
         self._thread = threading.Thread(target=self._run, name="nixl", daemon=True)
 
     async def start(self, address: int, nbytes: int, memory: Memory = "DRAM", device: int = 0) -> None:
@@ -99,11 +104,14 @@ class Agent:
         """Read from another agent; it ends with the read, or fails. Until it is done its memory must not be used for others."""
         ended: asyncio.Future[None] = self._loop.create_future()
         ended.add_done_callback(lambda future: future.cancelled() or future.exception())  # nobody may be there to hear
-        self._post(lambda: self._begin(name, memory, pieces, ended))
+        try:
+            self._post(lambda: self._begin(name, memory, pieces, ended))
+        except Unusable as error:
+            ended.set_exception(error)
         return ended
 
     async def call(self, what: Callable[[], T]) -> T:
-        """Run something on the thread."""
+        """Run something on the thread. Raises what it raises, or `Unusable` once the agent is closed."""
         answer: asyncio.Future[T] = self._loop.create_future()
 
         def order() -> None:
@@ -131,6 +139,8 @@ class Agent:
 
     def _post(self, order: Callable[[], None]) -> None:
         with self._changed:
+            if self._is_closing:  # nobody runs it any more
+                raise Unusable(CLOSED)
             self._orders.append(order)
             self._changed.notify()
 
@@ -173,6 +183,9 @@ class Agent:
 
     def _begin(self, name: str, memory: Memory, pieces: Sequence[Piece], ended: asyncio.Future[None]) -> None:
         nixl = self._nixl
+        if self._is_closing:
+            self._settle(ended, error=Unusable(CLOSED))
+            return
         try:
             ours = nixl.get_xfer_descs([(piece.ours, piece.nbytes, 0) for piece in pieces], "DRAM")
             theirs = nixl.get_xfer_descs([(piece.theirs, piece.nbytes, piece.device) for piece in pieces], memory)
@@ -189,7 +202,16 @@ class Agent:
         """See what has ended, and answer others, which each look at a state does, too."""
         self._readings = [reading for reading in self._readings if self._is_running(reading)]
         if self._has_readers is not None and self._nixl is not None:
+            self._answer()
+
+    def _answer(self) -> None:
+        """Let NIXL see what others ask. A peer that ends badly must not take this thread along: everything waits for it."""
+        try:
             self._nixl.get_new_notifs()
+        except Exception as error:  # noqa: BLE001  # NIXL's own, of many kinds
+            if not self._has_told:
+                self._has_told = True
+                log.warning("NIXL cannot look at what others ask: %s; more of these are not told", error)
 
     def _is_running(self, reading: Reading, state: str | None = None) -> bool:
         error: Exception | None = None
@@ -207,7 +229,7 @@ class Agent:
 
     def _end(self) -> None:
         for reading in self._readings:
-            self._settle(reading.ended, error=Unusable("the transfer was closed"))
+            self._settle(reading.ended, error=Unusable(CLOSED))
         for order in self._orders:
             order()
         self._readings = []

@@ -1,0 +1,72 @@
+"""A pool as it is looked at again and again, by who decides and starts nothing: the API, for Prometheus and KEDA, and `--explain`."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import structlog
+
+from pipeline.config import AutoscaleSettings
+from pipeline.connection import Connection
+from pipeline.errors import RedisUnavailable
+from pipeline.keys import PoolKeys
+from pipeline.scaling.measured import Fleet, Known, signals_of
+from pipeline.scaling.memory import Memory
+from pipeline.scaling.policy import Decision, decide
+from pipeline.scaling.reading import read
+from pipeline.scaling.signals import PoolSignals
+from pipeline.waiting import wait_at_most
+
+LOOKS = 3  # as many intervals as a look is waited for
+
+log = structlog.get_logger("baton.scaling")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen, and how many workers there should be."""
+
+    signals: PoolSignals
+    decision: Decision
+
+
+class PoolWatch:
+    """One pool. Workers that others are starting are not known here, so what is under way is left to them."""
+
+    def __init__(self, connection: Connection, pool: str, policy: AutoscaleSettings) -> None:
+        self.pool = pool
+        self.last: Look | None = None  # rates lie between two readings: before the second one nothing is decided
+        self._seen = asyncio.Event()
+        self._connection = connection
+        self._keys = PoolKeys(pool)
+        self._policy = policy
+        self._known, self._memory = Known(), Memory()
+
+    async def look(self) -> Look | None:
+        """Look, and decide; None the first time. Raises RedisUnavailable."""
+        is_first = self._known.last is None
+        reading = await read(self._connection, self._keys)
+        signals, self._known = signals_of(reading, self._known, Fleet(), itl_s=self._policy.itl_ms / 1000)
+        decision = decide(signals, self._policy, self._memory, reading.time_ms)
+        self._memory = decision.memory
+        self.last = None if is_first else Look(signals, decision)
+        if self.last is not None:
+            self._seen.set()
+        return self.last
+
+    async def seen(self) -> Look:
+        """What was seen last; of a process that has just begun, soon. Raises RedisUnavailable where nothing was seen."""
+        await wait_at_most(self._seen, LOOKS * self._policy.poll_s)
+        if self.last is None:
+            raise RedisUnavailable(f"the pool {self.pool} could not be looked at since this process began")
+        return self.last
+
+    async def run(self) -> None:
+        """Look, for ever. While Redis is away what was seen last stands."""
+        while True:
+            try:
+                await self.look()
+            except RedisUnavailable as error:
+                log.debug("the pool was not looked at", pool=self.pool, error=str(error))
+            await asyncio.sleep(self._policy.poll_s)

@@ -1,0 +1,42 @@
+"""`/v1/scaling/{pool}` and the metrics beside it: what KEDA and Prometheus read."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from pipeline.redis_server import RedisServer
+from tests.serving import serving
+from tests.system import POOL, collect, request
+
+QUICK = ("autoscale.poll_s=0.2", "engine.mock.decode_base_ms=5")
+
+
+async def test_what_waits_without_workers_asks_for_them(default_redis_server: RedisServer, tmp_path: Path) -> None:
+    async with serving(default_redis_server, tmp_path, *QUICK, stages="") as served, served.http() as http:
+        idle = (await http.get(f"/v1/scaling/{POOL}")).json()
+        assert {stage: said["desired"] for stage, said in idle["stages"].items()} == {"prefill": 0, "decode": 0}
+        async with served.system.client() as client:
+            streams = [await client.submit(request(50)) for _ in range(3)]
+
+            async def is_asked_for() -> bool:
+                said = (await http.get(f"/v1/scaling/{POOL}")).json()["stages"]["prefill"]
+                return bool(said["desired"] >= 1 and said["lanes"]["default"]["waiting"] == 3)
+
+            await served.system.until(is_asked_for, 10)
+            said = (await http.get(f"/v1/scaling/{POOL}")).json()
+            prefill = said["stages"]["prefill"]
+            assert prefill["why"]
+            assert prefill["lanes"]["default"]["prompt_tokens"] == 150
+            assert prefill["lanes"]["default"]["oldest_s"] > 0
+            metrics = (await http.get("/metrics")).text
+            assert f'baton_desired_workers{{pool="{POOL}",stage="prefill"}}' in metrics
+            assert f'baton_oldest_waiting_seconds{{lane="default",pool="{POOL}",stage="prefill"}}' in metrics
+            await asyncio.gather(*(served.system.worker(stage) for stage in ("prefill", "decode")))
+            assert {(await collect(stream))[1].state for stream in streams} == {"done"}
+
+
+async def test_a_pool_that_is_none_is_a_404(default_redis_server: RedisServer, tmp_path: Path) -> None:
+    async with serving(default_redis_server, tmp_path, stages="") as served, served.http() as http:
+        answer = await http.get("/v1/scaling/none")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
