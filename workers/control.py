@@ -127,6 +127,7 @@ class WorkerControl:
             "clock": str(self._worker.reports.clock),
             "uptime": int(time.monotonic() - self._started_s),
             "state": self._state(),
+            "held": len(self._holdings),  # the engine's own figures are a moment old
             "prefetch_count": 0,  # nothing is claimed that cannot start
             "broker": _broker(self._redis_url),
             **self._runs(),

@@ -355,8 +355,7 @@ def work_told(stats: Any) -> Work:
     """What a worker's answer to `stats` says of its work."""
     try:
         engine, transfer = stats["pool"], stats["transfer"]
-        return Work(
-            int(transfer["handles"]), int(engine["running"]) + int(engine["waiting"]), int(engine["blocks_used"])
-        )
+        tasks = max(int(stats.get("held", 0)), int(engine["running"]) + int(engine["waiting"]))
+        return Work(int(transfer["handles"]), tasks, int(engine["blocks_used"]))
     except (KeyError, TypeError, ValueError):
         return Work()

@@ -79,6 +79,7 @@ async def test_status_and_inspect_speak_as_celery_does(default_redis_url: str, t
             "pid",
             "clock",
             "uptime",
+            "held",
             "pool",
             "broker",
             "prefetch_count",

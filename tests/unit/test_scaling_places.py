@@ -89,5 +89,6 @@ def test_where_others_have_all_gpus_there_is_none():
 def test_what_a_worker_says_of_its_work():
     pool = {"running": 2, "waiting": 1, "blocks_used": 7}
     assert work_told({"pool": pool, "transfer": {"handles": 4}}) == Work(4, 3, 7)
+    assert work_told({"held": 5, "pool": pool, "transfer": {"handles": 4}}) == Work(4, 5, 7)  # claimed a moment ago
     assert work_told({"pool": pool}) == Work()
     assert work_told(None) == Work()
