@@ -27,9 +27,9 @@ class Batching:
     served: Served
     client: openai.AsyncOpenAI
 
-    def worker(self) -> subprocess.Popen[bytes]:
+    def worker(self, *words: str) -> subprocess.Popen[bytes]:
         """One more batch worker."""
-        return self.served.system.spawn("workers", "batch")
+        return self.served.system.spawn("workers", "batch", *words)
 
     async def upload(self, lines: Iterable[bytes | dict[str, Any]]) -> str:
         """A file of requests."""

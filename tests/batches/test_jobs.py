@@ -178,6 +178,25 @@ async def test_a_worker_that_rq_ends_says_that_nobody_asked_it_to(
         assert leaving.returncode == 0
 
 
+async def test_a_worker_that_was_killed_comes_again_under_its_name(
+    default_redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with batching(default_redis_server, tmp_path, *SLOW, workers=0) as it:
+        worker = it.worker("--name", "batch-0")
+        made = await it.batch([text_line(str(number), max_tokens=20) for number in range(30)])
+
+        async def has_begun() -> bool:
+            return bool((await it.client.batches.retrieve(made.id)).request_counts.completed)
+
+        await it.served.system.until(has_begun, 60)
+        worker.kill()
+        worker.wait()
+        again = it.worker("--name", "batch-0")
+        ended = await it.ended(made.id)
+        assert (ended.status, ended.request_counts.completed) == ("completed", 30)
+        assert again.poll() is None
+
+
 async def test_rqs_own_tools_see_the_queue_the_worker_and_how_far_a_batch_is(
     default_redis_server: RedisServer, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def serve(settings: Settings, name: str) -> None:
     job.configure(settings, name)
     logging.getLogger("rq.worker").setLevel(logging.WARNING)
     worker = BatchWorker(
-        [batches.queue], name=name, connection=batches.connection, job_class=BatchJob, serializer=JSONSerializer,
+        [batches.queue], name=_name_at_rq(name), connection=batches.connection, job_class=BatchJob, serializer=JSONSerializer,
         maintenance_interval=LOOK_S, worker_ttl=15 + LOOK_S, job_monitoring_interval=MONITOR_S,
     )  # fmt: skip
     worker.settings, worker.batches, worker.teller, worker.beat = settings, batches, teller, beat
@@ -152,6 +153,11 @@ class BatchWorker(Worker):
         if isinstance(exc_info[1], HandedBack):
             return  # it was told, and is no fault
         log.warning("job failed", worker=self.name, batch_id=job.id, error=str(exc_info[1])[:500])
+
+
+def _name_at_rq(name: str) -> str:
+    """rq lists a worker that was killed for a while, and refuses another one of its name: each start has one of its own."""
+    return f"{name}-{secrets.token_hex(3)}"
 
 
 async def _begin(settings: Settings, batches: BatchQueue) -> None:
