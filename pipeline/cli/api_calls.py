@@ -39,6 +39,10 @@ class Api:
         """What comes of a body."""
         return self._answer("POST", path, json=body)
 
+    def delete(self, path: str) -> bytes:
+        """Remove what stands there."""
+        return self._answer("DELETE", path)
+
     def upload(self, file: Path, purpose: str) -> bytes:
         """A file is sent, a block at a time."""
         with file.open("rb") as data:

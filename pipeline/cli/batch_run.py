@@ -29,7 +29,15 @@ from pipeline.cli.batches import LOOKS_S, PATIENCE_S, Batch, ended_line, endpoin
 from pipeline.cli.options import Given
 from pipeline.config import Settings
 from pipeline.connection import Connection
-from pipeline.errors import BatonError, ConfigError, InvalidRequest, NoSuchFile, RedisUnavailable, RequestFailed
+from pipeline.errors import (
+    BatonError,
+    ConfigError,
+    InvalidRequest,
+    NoSuchFile,
+    QueueFull,
+    RedisUnavailable,
+    RequestFailed,
+)
 from pipeline.exits import Exit
 from pipeline.files.record import FileRecord
 from pipeline.files.store import FileStore
@@ -72,12 +80,14 @@ async def _run(source: Given, settings: Settings, asked: Asked) -> Exit:
         files = FileStore(settings.files, connection)
         records = BatchRecords.of(connection, settings.batches)
         batches = Batches(settings.batches, records, files, queue)
-        async with _stored(files, asked.file) as file_id:
-            record = await batches.create(msgspec.structs.replace(body, input_file_id=file_id), owner=LOCAL)
-            _say(f"{record.id}: {asked.file} ({asked.file.stat().st_size:,} bytes), for {body.endpoint}")
-            async with _worker(source, settings) as worker:
-                record = await _ended(batches, record.id, worker)
-            return await _bring(files, record, asked)
+        file = await _stored(files, asked.file)
+        record = await _made(batches, body, files, file)
+        _say(f"{record.id}: {asked.file} ({file.bytes:,} bytes), for {body.endpoint}")
+        async with _worker(source, settings) as worker:
+            record = await _ended(batches, record.id, worker)
+        code = await _bring(files, record, asked)
+        await _forget(files, file)
+        return code
     except InvalidRequest as error:
         raise ConfigError(str(error)) from error
     finally:
@@ -94,17 +104,27 @@ def _body(asked: Asked) -> BatchBody:
         raise ConfigError(str(error)) from error
 
 
-@contextlib.asynccontextmanager
-async def _stored(files: FileStore, file: Path) -> AsyncIterator[str]:
-    """The file in the store, where the batch worker reads it, as long as it is needed."""
+async def _stored(files: FileStore, file: Path) -> FileRecord:
+    """The file in the store, where the batch worker reads it. It stays there where the batch goes on without this command."""
     async with files.upload() as upload:
         with file.open("rb") as data:
             while block := await asyncio.to_thread(data.read, READ_BYTES):
                 await upload.write(block)
-        record = await upload.finish(owner=LOCAL, purpose=INPUT, filename=file.name)
-    yield record.id
+        return await upload.finish(owner=LOCAL, purpose=INPUT, filename=file.name)
+
+
+async def _made(batches: Batches, body: BatchBody, files: FileStore, file: FileRecord) -> BatchRecord:
+    """A batch of a file; one that is refused leaves no file."""
+    try:
+        return await batches.create(msgspec.structs.replace(body, input_file_id=file.id), owner=LOCAL)
+    except (InvalidRequest, QueueFull):
+        await _forget(files, file)
+        raise
+
+
+async def _forget(files: FileStore, file: FileRecord) -> None:
     with contextlib.suppress(BatonError):  # where it stays, it is seen in /v1/files
-        await files.delete(record)
+        await files.delete(file)
 
 
 # -- who runs it ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import shlex
 import sys
 import time
@@ -120,7 +121,7 @@ class Batches:
         body = {"endpoint": endpoint, "completion_window": window, "metadata": metadata or None}
         check_body(body)
         file_id = msgspec.json.decode(self._api.upload(file, INPUT), type=_WithId).id
-        made = _batch(self._api.post("/v1/batches", body | {"input_file_id": file_id}))
+        made = _batch(self._created(body | {"input_file_id": file_id}, file_id))
         self._say(
             f"{made.id}: made of {file} ({file.stat().st_size:,} bytes, {file_id}), for {endpoint}, within {window}"
         )
@@ -198,6 +199,17 @@ class Batches:
         return Exit.OK
 
     # -- pieces -----------------------------------------------------------------------------------------------------------
+
+    def _created(self, body: Mapping[str, Any], file_id: str) -> bytes:
+        """A batch of a file; one that is refused leaves no file. Where nobody answers there may be one, and it needs the file."""
+        try:
+            return self._api.post("/v1/batches", body)
+        except RequestFailed:
+            try:
+                self._api.delete(f"/v1/files/{file_id}")
+            except (RequestFailed, NoAnswer) as error:
+                self._say(f"{file_id}: it was sent, and is kept until it expires: {error}")
+            raise
 
     def _watched(self, batch_id: str) -> tuple[Batch, bytes]:
         """A batch at its end, and what the API says of it."""
@@ -278,7 +290,7 @@ def exit_of(batch: Batch) -> Exit:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that is there when all of it was written, and else not. Raises RequestFailed."""
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(3)}.part")
     try:
         with part.open("wb") as out:
             yield out

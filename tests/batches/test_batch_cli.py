@@ -22,6 +22,7 @@ from pipeline.cli.batches import endpoint_of, pairs
 from pipeline.errors import ConfigError
 from pipeline.redis_server import RedisServer
 from tests.batches.running import CHATS, QUICK, TEXTS, Batching, batching, chat_line, text_line
+from tests.serving import serving
 from tests.system import System
 
 REPOSITORY = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ async def test_a_file_is_sent_waited_for_and_its_results_are_written(
         assert f"for {CHATS}, within 1h" in ended.err
         assert f"written: {out}" in ended.err.replace("\n", "")
         assert ids_in(out.read_text()) == sorted(str(n) for n in range(30))
-        assert not (tmp_path / "out.jsonl.part").exists()
+        assert not list(tmp_path.glob("*.part"))
         status = json.loads((await baton("status", batch_id, "--json", "--url", url)).out)
         assert (status["status"], status["metadata"], status["completion_window"]) == (
             "completed",
@@ -123,6 +124,18 @@ async def test_a_local_file_is_answered_without_an_api(default_redis_server: Red
         assert not await system.connection.command("KEYS", "{@files}:file:*")
         assert [path for path in (tmp_path / "files").rglob("*") if path.is_file()] == []
         await system.until(system.rests, 10)
+
+
+async def test_a_batch_that_is_refused_leaves_no_file(default_redis_server: RedisServer, tmp_path: Path) -> None:
+    overrides = (f"files.url={tmp_path / 'files'}", "batches.max_bytes=100")
+    async with serving(default_redis_server, tmp_path, *overrides, stages="") as served:
+        file = written(tmp_path, [chat_line("1")])
+        given = [word for one in served.system.overrides for word in ("--set", one)]
+        for words in (["submit", str(file), "--url", served.url], ["run", str(file), *given]):
+            refused = await baton(*words)
+            assert refused.code != 0 and "a batch at most 100 " in refused.err, refused
+            assert not await served.system.connection.command("KEYS", "{@files}:file:*")
+            assert [path for path in (tmp_path / "files").rglob("*") if path.is_file()] == []
 
 
 async def test_ctrl_c_cancels_a_local_batch_and_brings_what_was_answered(
