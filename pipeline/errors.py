@@ -303,7 +303,7 @@ class StorageUnavailable(BatonError):
 
 
 class FileLost(BatonError):
-    """A file is known, and its bytes are not in the store: somebody removed them there."""
+    """A file is known, and its bytes are not in the store: somebody removed them there, or `files.url` is another one here."""
 
     code = "file_lost"
 

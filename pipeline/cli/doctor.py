@@ -1,7 +1,7 @@
 """`baton doctor`: looks at this machine and the settings as `baton up` would, and says what to do about what it finds.
 
-Each check is a function that returns findings; none changes anything. An error is what would keep Baton from working,
-a warning what will hurt later.
+Each check is a function that returns findings; none changes anything (to a store of files that is no folder an object is written,
+and taken away again). An error is what would keep Baton from working, a warning what will hurt later.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,17 +19,31 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from pipeline.batches.jobs import BatchQueue
+from pipeline.batches.records import BatchRecords
 from pipeline.cli.options import Given
 from pipeline.cli.up import free_port
-from pipeline.config import ApiSettings, EngineSettings, PoolSettings, RedisSettings, Settings, TransferSettings
+from pipeline.config import (
+    ApiSettings,
+    EngineSettings,
+    FilesSettings,
+    PoolSettings,
+    RedisSettings,
+    Settings,
+    TransferSettings,
+)
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, ConfigError
 from pipeline.exits import Exit, PortTaken
+from pipeline.files.storage import Storage, is_folder
 from pipeline.findings import Finding, Grade
 from pipeline.redis_health import judge, look
-from pipeline.redis_server import RedisServerError, ask_redis, find_server
+from pipeline.redis_server import RedisServerError, ask_redis, find_server, running_redis
+from pipeline.waiting import in_thread
+from pipeline.wording import counted
 
 _MIN_PYTHON = (3, 11)
+_PATIENCE_S = 10.0  # with a store of files
 
 
 async def run_doctor(source: Given, *, as_json: bool) -> int:
@@ -47,7 +62,7 @@ async def examine(settings: Settings) -> list[Finding]:
     for name, pool in settings.pools.items():
         findings += check_model(name, pool)
     findings += [*check_engine(settings), *check_shared_memory(settings.transfer), *check_port(settings.api)]
-    return findings
+    return [*findings, *await check_files(settings.files), *await check_batches(settings)]
 
 
 def check_python() -> Iterator[Finding]:
@@ -180,6 +195,70 @@ def check_port(settings: ApiSettings) -> Iterator[Finding]:
         yield Finding("port", Grade.WARNING, f"{text} (fine if Baton runs already)", fix)
     else:
         yield Finding("port", Grade.OK, f"{settings.port} on {settings.host} is free")
+
+
+async def check_files(settings: FilesSettings) -> list[Finding]:
+    """Whether the store of files can be written to and read."""
+    fix = "correct files.url and files.storage_options (the API and batch workers must have the same)"
+    try:
+        storage = Storage(msgspec.structs.replace(settings, timeout_s=min(settings.timeout_s, _PATIENCE_S)))
+        if is_folder(settings.url):
+            return [_check_folder(settings.url.removeprefix("file://"), fix)]
+        await _written_and_read(storage, f"doctor-{secrets.token_hex(8)}")
+    except BatonError as error:
+        return [Finding("files", Grade.ERROR, f"{settings.url}: {error}; {error.__cause__ or ''}".rstrip("; "), fix)]
+    return [Finding("files", Grade.OK, f"{settings.url} takes files and gives them back")]
+
+
+def _check_folder(path: str, fix: str) -> Finding:
+    folder = Path(path).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return Finding("files", Grade.ERROR, f"{folder}: {there} is no folder that can be written to", fix)
+    made = "" if there == folder else ", made by the first file"
+    free_mb = shutil.disk_usage(there).free >> 20
+    return Finding("files", Grade.OK, f"{folder} ({free_mb:,} MiB free{made})")
+
+
+async def _written_and_read(storage: Storage, place: str) -> None:
+    writing = storage.writing(place)
+    try:
+        await writing.write(b"baton")
+        await writing.close()
+    finally:
+        await writing.discard()
+    await storage.read(place, 0, len(b"baton"))
+    await storage.remove(place)
+
+
+async def check_batches(settings: Settings) -> list[Finding]:
+    """Whether batches wait that no worker will take. A Redis that is away was told by `check_redis`."""
+    try:
+        redis = running_redis(settings.redis)
+        queue, connection = BatchQueue(redis, settings.rq), Connection(redis)
+    except ConfigError as error:
+        return [Finding("batches", Grade.ERROR, str(error), "correct rq.url (BATON_RQ_URL)")]
+    except BatonError:
+        return []
+    try:
+        await in_thread(_PATIENCE_S, queue.check)
+        waiting = len(await BatchRecords.of(connection, settings.batches).unheld())
+        workers = len(await in_thread(_PATIENCE_S, queue.workers))
+    except ConfigError as error:
+        return [Finding("batches", Grade.ERROR, str(error), "set rq.url (BATON_RQ_URL)")]
+    except (BatonError, TimeoutError) as error:
+        return [
+            Finding(
+                "batches", Grade.WARNING, f"not known: {error}", "start rq's Redis, or correct rq.url (BATON_RQ_URL)"
+            )
+        ]
+    finally:
+        queue.close()
+        await connection.close()
+    text = f"{waiting} that nobody has, {counted(workers, 'batch worker')}"
+    if waiting and not workers:
+        return [Finding("batches", Grade.WARNING, text, "start one: baton worker batch")]
+    return [Finding("batches", Grade.OK, text)]
 
 
 def _print(findings: list[Finding]) -> None:

@@ -48,7 +48,10 @@ class Storage:
         """Some of its bytes. Raises FileLost where they are not there."""
         data: bytes = await self.run("read", _read, self._fs, self._path(place), start, stop)
         if len(data) != stop - start:
-            raise FileLost(f"the store of files has {len(data)} of the {stop - start} bytes from {start} on")
+            raise FileLost(
+                f"the store of files has {len(data)} of the {stop - start} bytes from {start} on: somebody removed them there, or "
+                "files.url is another one here than where they were written"
+            )
         return data
 
     async def remove(self, place: str) -> None:
@@ -138,14 +141,18 @@ class Writing:
         return self._file
 
 
+def is_folder(url: str) -> bool:
+    """Whether it is one of this machine, which the first file makes."""
+    return "://" not in url or url.startswith("file://")
+
+
 def _opened(settings: FilesSettings) -> tuple[Any, str]:
     try:
         options = msgspec.json.decode(settings.storage_options or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ConfigError(f"files.storage_options: expected a JSON object: {error}") from error
-    is_folder = "://" not in settings.url or settings.url.startswith("file://")
     try:
-        fs, root = url_to_fs(settings.url, **({"auto_mkdir": True} if is_folder else {}), **options)
+        fs, root = url_to_fs(settings.url, **({"auto_mkdir": True} if is_folder(settings.url) else {}), **options)
     except ImportError as error:
         raise ConfigError(f"files.url: {error}; for s3:// install baton-serve[s3]") from error
     except (ValueError, TypeError, KeyError) as error:

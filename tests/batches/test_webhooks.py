@@ -81,16 +81,17 @@ async def test_each_end_of_a_batch_is_told_and_openais_client_believes_it(
         many = [text_line(str(number), max_tokens=50) for number in range(300)]
         expired = await it.ended((await it.batch(many, completion_window="3s")).id)
         running = await it.batch(many)
+        waiting = await it.batch(many)
+        assert (await it.client.batches.cancel(waiting.id)).status == "cancelled"  # by the API: no worker ever had it
         await it.client.batches.cancel(running.id)
-        cancelled = await it.ended(running.id)
+        batches = [completed, failed, expired, await it.ended(running.id), await it.ended(waiting.id)]
         await all_told(it)
-        batches = [completed, failed, expired, cancelled]
-        assert [one.status for one in batches] == ["completed", "failed", "expired", "cancelled"]
+        assert [one.status for one in batches] == ["completed", "failed", "expired", "cancelled", "cancelled"]
         assert {(one.type, one.data.id) for one in receiver.events()} == {
             (f"batch.{one.status}", one.id) for one in batches
         }
         assert receiver.events()[0].created_at == completed.completed_at
-        assert len({headers["webhook-id"] for headers, _ in receiver.told}) == len(receiver.told) == 4
+        assert len({headers["webhook-id"] for headers, _ in receiver.told}) == len(receiver.told) == 5
         headers, body = receiver.told[0]
         with pytest.raises(openai.InvalidWebhookSignatureError):
             openai.OpenAI(api_key="none", webhook_secret=SECRET).webhooks.unwrap(body + b" ", headers)

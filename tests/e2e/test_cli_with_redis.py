@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pipeline.cli.doctor import check_redis
-from pipeline.config import RedisSettings, RouterSettings
+from pipeline.cli.doctor import check_batches, check_files, check_redis
+from pipeline.config import FilesSettings, RedisSettings, RouterSettings, RqSettings, Settings
 from pipeline.connection import Connection
 from pipeline.findings import Grade
-from pipeline.keys import PoolKeys
+from pipeline.keys import PoolKeys, batches_open
 from pipeline.redis_server import RedisServer
 from pipeline.snapshot import take_snapshot
 
@@ -97,3 +97,54 @@ def test_doctor_ends_with_1_when_there_is_an_error(short_dir, as_json):
     else:
         assert "error   redis" in result.stdout
         assert "-> start it, or correct redis.url" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("{folder}/new/files", "made by the first file"),
+        ("file://{folder}", "MiB free"),
+        ("memory://somewhere", "takes files and gives them back"),
+    ],
+)
+async def test_doctor_sees_that_files_can_be_kept(tmp_path: Path, url: str, says: str) -> None:
+    (finding,) = await check_files(FilesSettings(url=url.format(folder=tmp_path)))
+    assert finding.grade is Grade.OK
+    assert says in finding.text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "says"),
+    [
+        ("{folder}/file/files", "", "file is no folder that can be written to"),
+        ("nothing://somewhere", "", "Protocol not known"),
+        ("s3://nowhere", '{"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:9"}', "failed to "),
+    ],
+)
+async def test_doctor_says_where_files_cannot_be_kept(tmp_path: Path, url: str, options: str, says: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    settings = FilesSettings(url=url.format(folder=tmp_path), storage_options=options, timeout_s=1)
+    (finding,) = await check_files(settings)
+    assert finding.grade is Grade.ERROR
+    assert says in finding.text
+    assert "files.url" in finding.fix
+
+
+async def test_doctor_says_when_batches_wait_for_a_worker(redis_url: str) -> None:
+    settings = Settings(redis=RedisSettings(url=redis_url))
+    connection = Connection(settings.redis)
+    (finding,) = await check_batches(settings)
+    assert (finding.grade, finding.text) == (Grade.OK, "0 that nobody has, 0 batch workers")
+    await connection.command("ZADD", batches_open(), 0, "batch_1")
+    (finding,) = await check_batches(settings)
+    assert (finding.grade, finding.text) == (Grade.WARNING, "1 that nobody has, 0 batch workers")
+    assert finding.fix == "start one: baton worker batch"
+    await connection.close()
+
+
+async def test_doctor_says_when_rq_has_no_redis(redis_url: str, short_dir: Path) -> None:
+    settings = Settings(redis=RedisSettings(url=redis_url), rq=RqSettings(url=f"unix://{short_dir}/none.sock"))
+    (finding,) = await check_batches(settings)
+    assert finding.grade is Grade.WARNING
+    assert "rq.url" in finding.fix
