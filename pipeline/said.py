@@ -27,12 +27,19 @@ class SaidOfWork(msgspec.Struct, frozen=True):
 
 
 class WorkerSaid(msgspec.Struct, frozen=True):
-    """`total_blocks`: of the largest task that it could start (None: it has not said); `paused`: it was told to claim nothing."""
+    """`total_blocks`: of the largest task that it could start (None: it has not said); `paused`: it was told to claim nothing; `leaving`:
+    it finishes what it holds, then ends."""
 
     total_blocks: int | None = None
     engine: SaidOfEngine = SaidOfEngine()
     stats: SaidOfWork = SaidOfWork()
     paused: bool = False
+    leaving: bool = False
+
+    @property
+    def claims(self) -> bool:
+        """Whether it takes what waits."""
+        return not self.paused and not self.leaving
 
 
 def said_by(info: bytes) -> WorkerSaid:

@@ -136,7 +136,8 @@ async def run(settings: Settings, pool: str, stage: str, name: str) -> None:
     worker = Worker(
         connection, pool, name, settings.worker, settings.queue, holdings=holdings, resources=engine,
         capacity=EngineCapacity(
-            engine, holdings, lambda: supervisor.is_up, stage=stage, is_paused=lambda: control.is_paused
+            engine, holdings, lambda: supervisor.is_up, stage=stage,
+            is_paused=lambda: control.is_paused, is_leaving=lambda: worker.is_draining,
         ),
     )  # fmt: skip
     control = WorkerControl(

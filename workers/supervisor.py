@@ -115,13 +115,14 @@ class EngineCapacity:
 
     def __init__(
         self, engine: ChildEngine, holdings: Holdings, supervisor: Callable[[], bool], *, stage: str,
-        is_paused: Callable[[], bool] = lambda: False,
+        is_paused: Callable[[], bool] = lambda: False, is_leaving: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self._engine = engine
         self._holdings = holdings
         self._is_up = supervisor
         self._stage = stage
         self._is_paused = is_paused
+        self._is_leaving = is_leaving
 
     def free_blocks(self, share: float = 1.0) -> int:
         """See `Capacity.free_blocks`. A worker never claims what it would only keep waiting while others are idle."""
@@ -170,6 +171,7 @@ class EngineCapacity:
                 "stage": self._stage,
                 "up": self._is_up(),
                 "paused": self._is_paused(),
+                "leaving": self._is_leaving(),
                 "total_blocks": self.total_blocks() or None,
                 "engine": info,
                 "stats": stats,

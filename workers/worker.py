@@ -147,6 +147,7 @@ class Worker:
         """Stop claiming, finish what is held within `drain_s`, hand back the rest. May be called twice."""
         if not self._draining.is_set():
             self._give_up_s = time.monotonic() + self._settings.drain_s
+            self.announce()
         self._draining.set()
         self._bell.set()
 

@@ -54,7 +54,7 @@ def next_window(window: int, in_flight: int, load: Load, *, most: int, live_shar
 def load_of(snapshot: PoolSnapshot, stage: str = "") -> Load:
     """What is known of a pool, or of one `stage` of it beside those of generations. Workers that say nothing, or claim nothing, count as
     none; what waits and runs is counted by the scripts, and so is never old."""
-    told = [said for info in snapshot.workers.get(stage or "decode", {}).values() if not (said := said_by(info)).paused]
+    told = [said for info in snapshot.workers.get(stage or "decode", {}).values() if (said := said_by(info)).claims]
     stages = (stage,) if stage else STAGES
     blocks = sum(said.engine.num_blocks for said in told)
     return Load(

@@ -195,7 +195,7 @@ class PoolSupervisor:
         reading = await read(self._connection, self._keys)
         others = self._take_note(reading)
         policy = within_gpus(self._policy, self._gpus.names, self._gpus.of_others(self.pool), others)
-        fleet, itl_s = self._fleet(reading), policy.itl_ms / 1000
+        fleet, itl_s = self._fleet(), policy.itl_ms / 1000
         signals, self._known = signals_of(reading, self._known, fleet, itl_s=itl_s)
         decision = self._rule(signals, policy, self._memory, reading.time_ms)
         self._memory = decision.memory
@@ -210,7 +210,8 @@ class PoolSupervisor:
             await self._increase(stage, step.start)
 
     def _take_note(self, reading: Reading) -> dict[str, int]:
-        """Which of ours have started, and how many others there are. Paused ones of others are no capacity; ours keep their place."""
+        """Which of ours have started, and how many others there are. Those of others that claim nothing are no capacity; ours keep their
+        place."""
         others = {}
         for stage in STAGES:
             listed = dict(reading.stages[stage].workers)
@@ -218,7 +219,7 @@ class PoolSupervisor:
                 if member.phase is Phase.STARTING and member.worker.name in listed:
                     self._has_started(stage, member)
                 listed.pop(member.worker.name, None)
-            others[stage] = sum(not said.paused for said in listed.values())
+            others[stage] = sum(said.claims for said in listed.values())
         working = {stage: others[stage] + self._phases(stage).count(Phase.WORKING) for stage in STAGES}
         if all(working[stage] >= self._policy.stage(stage).min_workers for stage in STAGES):
             self.is_ready.set()
@@ -230,14 +231,13 @@ class PoolSupervisor:
         self._start_s[stage] = (self._start_s.get(stage, took_s) + took_s) / 2
         self._say(f"{member.worker.place.label} serves after {took_s:.1f} s")
 
-    def _fleet(self, reading: Reading) -> Fleet:
+    def _fleet(self) -> Fleet:
         """What only we know. Broken ones are not told: they are not available."""
-        starting, draining = {}, {}
-        for stage, members in self._members.items():
-            listed = reading.stages[stage].workers
-            leaving = [one.worker.name for one in members.values() if one.phase is Phase.LEAVING]
-            draining[stage] = sum(name in listed for name in leaving)
-            starting[stage] = self._phases(stage).count(Phase.STARTING)
+        starting = {stage: self._phases(stage).count(Phase.STARTING) for stage in STAGES}
+        draining = {
+            stage: [one.worker.name for one in members.values() if one.phase is Phase.LEAVING]
+            for stage, members in self._members.items()
+        }
         return Fleet(starting, draining, self._start_s)
 
     def _phases(self, stage: str) -> list[Phase]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from pipeline.queue import LANES, STAGES
 from pipeline.said import WorkerSaid
@@ -26,10 +26,11 @@ class Known:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fleet:
-    """What only who starts workers knows, by stage: those that start, those that were told to go, and the seconds that a start took."""
+    """What only who starts workers knows, by stage: those that start, the names of those that were told to go (they say so themselves a
+    moment later), and the seconds that a start took."""
 
     starting: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    draining: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    draining: Mapping[str, Collection[str]] = dataclasses.field(default_factory=dict)
     start_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -70,15 +71,16 @@ def _rate(now: Reading, last: Reading | None, seconds: float, *names: tuple[str,
 
 def _stage(stage: str, now: Reading, last: Reading | None, seconds: float, fleet: Fleet) -> StageSignals:
     read = now.stages[stage]
-    claiming = [said for said in read.workers.values() if not said.paused]
-    draining = fleet.draining.get(stage, 0)
+    told = fleet.draining.get(stage, ())
+    going = {name for name, said in read.workers.items() if said.leaving or name in told}
+    claiming = [said for name, said in read.workers.items() if name not in going and said.claims]
     return StageSignals(
         lanes={lane: _lane(stage, lane, now, last, seconds) for lane in LANES},
         served_per_s=_rate(now, last, seconds, *(("claimed", stage, lane) for lane in LANES)),
         running=sum(now.count("running", stage, lane) for lane in LANES),
         blocks_used=sum(said.stats.blocks_used for said in claiming),
         blocks_total=sum(said.engine.num_blocks for said in claiming),
-        alive=max(0, len(claiming) - draining), starting=fleet.starting.get(stage, 0), draining=draining,
+        alive=len(claiming), starting=fleet.starting.get(stage, 0), draining=len(going),
         start_s=fleet.start_s.get(stage),
     )  # fmt: skip
 

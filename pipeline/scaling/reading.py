@@ -25,11 +25,12 @@ class StageReading:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reading:
-    """A pool. Times in ms, of Redis."""
+    """A pool. Times in ms, of Redis. `decided`: what who scales it decided last (see `desire.lua`); empty where nobody does."""
 
     time_ms: int = 0
     counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
     stages: Mapping[str, StageReading] = dataclasses.field(default_factory=dict)
+    decided: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def count(self, *words: str) -> int:
         """A counter, such as `waiting:decode:low`; 0 where it was never counted, or a version before counted otherwise."""
@@ -38,11 +39,12 @@ class Reading:
 
 async def read(connection: Connection, keys: PoolKeys, stages: Sequence[str] = STAGES) -> Reading:
     """Read a pool. Raises RedisUnavailable."""
-    time_ms, counters, *found = await connection.call(_script, keys.root, *stages)
+    time_ms, counters, decided, *found = await connection.call(_script, keys.root, *stages)
     return Reading(
         int(time_ms),
         {name: int(value) for name, value in text_pairs(counters).items()},
         {stage: _stage(*rows) for stage, rows in zip(stages, found, strict=True)},
+        text_pairs(decided),
     )
 
 

@@ -1,9 +1,13 @@
-"""A pool as it is looked at again and again, by who decides and starts nothing: the API, for Prometheus and KEDA, and `--explain`."""
+"""A pool as it is looked at again and again, by who decides and starts nothing: the API, for Prometheus and KEDA, and `--explain`.
+
+Where a supervisor scales the pool its decisions are told, not ours: it knows which workers start.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Mapping
 
 import structlog
 
@@ -11,9 +15,10 @@ from pipeline.config import AutoscaleSettings
 from pipeline.connection import Connection
 from pipeline.errors import RedisUnavailable
 from pipeline.keys import PoolKeys
+from pipeline.queue import STAGES
 from pipeline.scaling.measured import Fleet, Known, signals_of
 from pipeline.scaling.memory import Memory
-from pipeline.scaling.policy import Decision, decide
+from pipeline.scaling.policy import Decision, StageDecision, decide
 from pipeline.scaling.reading import read
 from pipeline.scaling.signals import PoolSignals
 from pipeline.waiting import wait_at_most
@@ -50,7 +55,7 @@ class PoolWatch:
         signals, self._known = signals_of(reading, self._known, Fleet(), itl_s=self._policy.itl_ms / 1000)
         decision = decide(signals, self._policy, self._memory, reading.time_ms)
         self._memory = decision.memory
-        self.last = None if is_first else Look(signals, decision)
+        self.last = None if is_first else Look(signals, _as_decided(decision, reading.decided))
         if self.last is not None:
             self._seen.set()
         return self.last
@@ -70,3 +75,15 @@ class PoolWatch:
             except RedisUnavailable as error:
                 log.debug("the pool was not looked at", pool=self.pool, error=str(error))
             await asyncio.sleep(self._policy.poll_s)
+
+
+def _as_decided(mine: Decision, decided: Mapping[str, str]) -> Decision:
+    prefill, decode = (_stage(stage, mine.stage(stage), decided) for stage in STAGES)
+    return Decision(prefill, decode, mine.memory)
+
+
+def _stage(stage: str, mine: StageDecision, decided: Mapping[str, str]) -> StageDecision:
+    desired = decided.get(f"desired:{stage}", "")
+    if not desired.isdecimal():
+        return mine
+    return StageDecision(mine.before, int(desired), decided.get(f"why:{stage}", ""))

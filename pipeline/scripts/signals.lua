@@ -1,11 +1,13 @@
 -- How a pool stands at one moment, for who scales it: what waits and since when, what runs, who works and what they say of themselves.
 -- KEYS: root
 -- ARGV: stages
--- Answers: {time in ms, {counter, value ...}, then for each stage {{lane, when its oldest waiting task came in ms or 0 ...}, {worker, what it
---          says of itself ...}}}. A task that waits for its next try, or for its time, is of no age.
+-- Answers: {time in ms, {counter, value ...}, {field, value ...} as decided by who scales the pool (see desire.lua; empty where nobody does), then for
+--          each stage {{lane, when its oldest waiting task came in ms or 0 ...}, {worker, what it says of itself ...}}}. A task that waits for its
+--          next try, or for its time, is of no age.
 -- Called twice: it only reads.
 local now_ms = math.floor(tonumber(now_us()) / 1000)
-local answer = {string.format('%.0f', now_ms), redis.call('HGETALL', key_counters())}
+local decided = redis.call('EXISTS', key_scaler()) == 1 and redis.call('HGETALL', key_scaling()) or {}
+local answer = {string.format('%.0f', now_ms), redis.call('HGETALL', key_counters()), decided}
 
 local function came_ms(entry)
   return string.match(entry, '^%d+')

@@ -6,6 +6,9 @@ import asyncio
 from pathlib import Path
 
 from pipeline.redis_server import RedisServer
+from pipeline.scaling.lease import ScalerLease
+from pipeline.scaling.memory import Memory
+from pipeline.scaling.policy import Decision, StageDecision
 from tests.serving import serving
 from tests.system import POOL, collect, request
 
@@ -34,6 +37,25 @@ async def test_what_waits_without_workers_asks_for_them(default_redis_server: Re
             assert f'baton_oldest_waiting_seconds{{lane="default",pool="{POOL}",stage="prefill"}}' in metrics
             await asyncio.gather(*(served.system.worker(stage) for stage in ("prefill", "decode")))
             assert {(await collect(stream))[1].state for stream in streams} == {"done"}
+
+
+async def test_who_scales_the_pool_is_believed_as_long_as_it_does(
+    default_redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with serving(default_redis_server, tmp_path, *QUICK, stages="") as served, served.http() as http:
+
+        async def is_told(desired: int, why: str) -> bool:
+            said = (await http.get(f"/v1/scaling/{POOL}")).json()["stages"]["decode"]
+            return (said["desired"], said["why"]) == (desired, why)
+
+        lease = ScalerLease(served.system.connection, POOL)
+        await lease.take()
+        much = Decision(StageDecision(1, 1, "calm"), StageDecision(0, 5, "much to do"), Memory())
+        await lease.tell(much, 1000)
+        await served.system.until(lambda: is_told(5, "much to do"), 10)
+        assert f'baton_desired_workers{{pool="{POOL}",stage="decode"}} 5.0' in (await http.get("/metrics")).text
+        await lease.give_up()
+        await served.system.until(lambda: is_told(0, "nothing waits for it"), 10)
 
 
 async def test_a_pool_that_is_none_is_a_404(default_redis_server: RedisServer, tmp_path: Path) -> None:
