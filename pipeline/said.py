@@ -16,14 +16,21 @@ class SaidOfEngine(msgspec.Struct, frozen=True):
 
 
 class SaidOfWork(msgspec.Struct, frozen=True):
-    """What an engine does. `steps` and the tokens only grow; `step_ms` is a moving average."""
+    """What an engine does. `steps`, `busy_s` and the tokens only grow; `step_ms` is a moving average."""
 
     running: int = 0
     blocks_used: int = 0
+    prefix_hit_tokens: int = 0
     prompt_tokens_computed: int = 0
     output_tokens: int = 0
     steps: int = 0
+    busy_s: float = 0.0
     step_ms: float = 0.0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the prompts that it has seen, those that it found in its prefix cache included."""
+        return self.prefix_hit_tokens + self.prompt_tokens_computed
 
 
 class WorkerSaid(msgspec.Struct, frozen=True):

@@ -56,6 +56,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     handle_bytes_free: int = 0
     fetched: dict[str, Fetched] = {}  # blocks that came in, by the way they came
     steps: int = 0
+    busy_s: float = 0.0  # in steps, as a counter: idleness between them is none of it
     step_ms: float = 0.0  # moving average
 
 

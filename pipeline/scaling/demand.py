@@ -45,17 +45,20 @@ def prefill_need(signals: PoolSignals, outlook: Outlook, policy: AutoscaleSettin
     waiting = signals.prefill.promised("prompt_tokens") + number(signals.local_prompt_tokens)
     work_s = waiting * token_s
     backlog = now_load + work_s / late_s if work_s > slack_s * max(1.0, alive) else 0.0
-    queue_s = work_s / max(1.0, alive)
-    is_late = signals.prefill.oldest_s > policy.ttft_s and number(signals.prefill.running) >= alive > 0
-    late = max(signals.prefill.oldest_s, queue_s)
+    queue_s, oldest_s = work_s / max(1.0, alive), signals.prefill.oldest_s
+    is_late = oldest_s > policy.ttft_s and number(signals.prefill.running) >= alive > 0
     coming = f"{outlook.prompt_tokens_per_s:,.0f} prompt tokens/s keep {load:.1f} workers busy"
     return _largest(
         Need(flow, flow, coming + _because(outlook)),
-        Need(flow, _ceil(backlog), f"{waiting:,.0f} prompt tokens wait {late:.1f} s, promised {policy.ttft_s:.1f} s"),
+        Need(
+            flow,
+            _ceil(backlog),
+            f"{waiting:,.0f} prompt tokens wait {max(oldest_s, queue_s):.1f} s, promised {policy.ttft_s:.1f} s",
+        ),
         Need(
             flow,
             _ceil(alive + 1) if is_late else 0,
-            f"all are busy and a prompt waits {late:.1f} s, promised {policy.ttft_s:.1f} s",
+            f"all are busy and a prompt waits {oldest_s:.1f} s, promised {policy.ttft_s:.1f} s",
         ),
     )
 
@@ -71,7 +74,8 @@ def decode_need(signals: PoolSignals, outlook: Outlook, policy: AutoscaleSetting
     waiting = signals.decode.promised("waiting")
     present = number(signals.decode.running) + waiting
     held = _seated(present, seats, signals) if waiting else 0
-    is_slow = number(signals.speeds.inter_token_s) * 1000 > policy.itl_ms * SLOW
+    is_all_busy = number(signals.decode.running) >= max(1.0, alive)  # else the speed is one of the past
+    is_slow = is_all_busy and number(signals.speeds.inter_token_s) * 1000 > policy.itl_ms * SLOW
     coming_why = f"{coming:,.0f} sequences at once ({outlook.requests_per_s:.1f} requests/s of {answer_s:.1f} s)"
     return _largest(
         Need(flow, flow, coming_why + _because(outlook)),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from pipeline.queue import LANES, STAGES
-from pipeline.said import WorkerSaid
+from pipeline.said import SaidOfWork, WorkerSaid
 from pipeline.scaling.reading import Reading, StageReading
 from pipeline.scaling.signals import UNPROMISED, LaneSignals, PoolSignals, Speeds, StageSignals
 
@@ -18,10 +18,12 @@ MOST_OF_BLOCKS = 0.85  # of a worker's blocks: what is above preempts
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Known:
-    """What is kept from look to look. `last`: the reading before."""
+    """What is kept from look to look. `last`: the reading before; `fitting`: sequences that a worker runs while the promise holds, where
+    more were seen to break it."""
 
     last: Reading | None = None
     speeds: Speeds = dataclasses.field(default_factory=Speeds)
+    fitting: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ def signals_of(now: Reading, known: Known, fleet: Fleet, *, itl_s: float) -> tup
 
     The first reading has no rates, so nothing is decided by it; nor has one whose counters are smaller than before: Redis lost some.
     """
-    speeds = _speeds(now, known, itl_s)
+    speeds, fitting = _speeds(now, known, itl_s)
     seconds = _seconds(now, known.last)
     stages = {stage: _stage(stage, now, known.last, seconds, fleet) for stage in STAGES}
     waits = _waits(now, stages, speeds)
@@ -49,10 +51,10 @@ def signals_of(now: Reading, known: Known, fleet: Fleet, *, itl_s: float) -> tup
     signals = PoolSignals(
         clock_ms=now.time_ms,
         local_prompt_tokens_per_s=_rate(now, known.last, seconds, *(("local", lane) for lane in promised)),
-        local_prompt_tokens=0 if has_prefill else sum(now.count("tokens", "decode", lane) for lane in promised),
+        local_prompt_tokens=0 if has_prefill else sum(_claimable("tokens", now, "decode", lane) for lane in promised),
         prefill=stages["prefill"], decode=stages["decode"], speeds=speeds,
     )  # fmt: skip
-    return signals, Known(now, speeds)
+    return signals, Known(now, speeds, fitting)
 
 
 def _seconds(now: Reading, last: Reading | None) -> float:
@@ -88,17 +90,23 @@ def _stage(stage: str, now: Reading, last: Reading | None, seconds: float, fleet
 def _lane(stage: str, lane: str, now: Reading, last: Reading | None, seconds: float) -> LaneSignals:
     came_ms = now.stages[stage].oldest_ms.get(lane, 0)
     return LaneSignals(
-        waiting=now.count("waiting", stage, lane), prompt_tokens=now.count("tokens", stage, lane),
-        oldest_s=(now.time_ms - came_ms) / 1000 if came_ms else 0.0,
+        waiting=_claimable("waiting", now, stage, lane), prompt_tokens=_claimable("tokens", now, stage, lane),
+        oldest_s=max(0.0, (now.time_ms - came_ms) / 1000) if came_ms else 0.0,  # a clock that was set back is behind the stream
         arrivals_per_s=_rate(now, last, seconds, ("arrived", stage, lane)),
         prompt_tokens_per_s=_rate(now, last, seconds, ("arrived_tokens", stage, lane)),
     )  # fmt: skip
 
 
+def _claimable(what: str, now: Reading, stage: str, lane: str) -> int:
+    """Of what waits (`waiting` or `tokens`), what was not admitted for later."""
+    later = {"waiting": "later", "tokens": "later_tokens"}[what]
+    return max(0, now.count(what, stage, lane) - now.count(later, stage, lane))
+
+
 def _waits(now: Reading, stages: Mapping[str, StageSignals], speeds: Speeds) -> dict[str, float | None]:
     """How long a task that comes now waits: by its stage's speed, among workers that there are."""
-    tokens = sum(now.count("tokens", "prefill", lane) for lane in LANES)
-    tasks = sum(now.count("waiting", "decode", lane) for lane in LANES)
+    tokens = sum(_claimable("tokens", now, "prefill", lane) for lane in LANES)
+    tasks = sum(_claimable("waiting", now, "decode", lane) for lane in LANES)
     token_s, alive, served = speeds.prompt_token_s, stages["prefill"].alive, stages["decode"].served_per_s
     return {
         "prefill": tokens * token_s / alive if token_s is not None and alive else None,
@@ -109,58 +117,74 @@ def _waits(now: Reading, stages: Mapping[str, StageSignals], speeds: Speeds) -> 
 # -- speeds -----------------------------------------------------------------------------------------------------------
 
 
-def _speeds(now: Reading, known: Known, itl_s: float) -> Speeds:
-    """Moving averages; what nobody measures now stays as it was."""
+def _speeds(now: Reading, known: Known, itl_s: float) -> tuple[Speeds, float | None]:
+    """Moving averages, and what they say of `fitting`; what nobody measures now stays as it was."""
     before, last = known.speeds, known.last or Reading()
     prefill, decode = now.stages["prefill"], now.stages["decode"]
-    busy = [said for said in decode.workers.values() if said.stats.running]
-    running = sum(said.stats.running for said in busy)
-    inter_token_s = _average(before.inter_token_s, _mean(said.stats.step_ms / 1000 for said in busy))
-    blocks = _average(before.blocks_per_sequence, _ratio(sum(said.stats.blocks_used for said in busy), running))
-    return Speeds(
-        prompt_token_s=_average(before.prompt_token_s, _token_s(prefill, last.stages.get("prefill", StageReading()))),
+    busy = [said for said, old in _pairs(decode, last.stages.get("decode")) if said.running and said.steps > old.steps]
+    running = sum(said.running for said in busy)
+    inter_token_s = _average(before.inter_token_s, _mean(said.step_ms / 1000 for said in busy))
+    blocks = _average(before.blocks_per_sequence, _ratio(sum(said.blocks_used for said in busy), running))
+    most, fitting = _most_sequences(decode, blocks), _fitting(known.fitting, busy, inter_token_s, itl_s)
+    speeds = Speeds(
+        prompt_token_s=_average(before.prompt_token_s, _token_s(prefill, last.stages.get("prefill"))),
         inter_token_s=inter_token_s,
         answer_tokens=_answer_tokens(now, known.last, before.answer_tokens),
         blocks_per_sequence=blocks,
-        sequences_per_worker=_sequences(decode, blocks, inter_token_s, _mean(said.stats.running for said in busy), itl_s)
-        or before.sequences_per_worker,
+        sequences_per_worker=before.sequences_per_worker if most is None else max(1.0, min(most, fitting or most)),
     )  # fmt: skip
+    return speeds, fitting
 
 
-def _token_s(now: StageReading, before: StageReading) -> float | None:
-    """Seconds that a worker was busy for each prompt token that it computed since the reading before."""
+def _pairs(now: StageReading, before: StageReading | None) -> Iterator[tuple[SaidOfWork, SaidOfWork]]:
+    """What the workers do, each beside what it did at the reading before."""
+    old = before.workers if before else {}
+    return ((said.stats, old.get(name, WorkerSaid()).stats) for name, said in now.workers.items())
+
+
+def _token_s(now: StageReading, before: StageReading | None) -> float | None:
+    """Seconds that a worker was busy for each prompt token since the reading before, those from the prefix cache included: what comes is
+    counted with them."""
     busy_s, tokens = 0.0, 0
-    for name, said in now.workers.items():
-        old = before.workers.get(name, WorkerSaid()).stats
-        if said.stats.steps > old.steps and said.stats.prompt_tokens_computed > old.prompt_tokens_computed:
-            busy_s += (said.stats.steps - old.steps) * said.stats.step_ms / 1000
-            tokens += said.stats.prompt_tokens_computed - old.prompt_tokens_computed
+    for said, old in _pairs(now, before):
+        if said.busy_s > old.busy_s:
+            busy_s += said.busy_s - old.busy_s
+            tokens += max(0, said.prompt_tokens - old.prompt_tokens)
     return _ratio(busy_s, tokens)
 
 
 def _answer_tokens(now: Reading, last: Reading | None, before: float | None) -> float | None:
     """Tokens of an answer: an average of about the last ANSWERS ones."""
     old = last or Reading()
-    answers = now.count("ended", "done") - old.count("ended", "done")
-    tokens = now.count("answered") - old.count("answered")
+    answers = now.count("answers") - old.count("answers")
+    tokens = now.count("answer_tokens") - old.count("answer_tokens")
     if answers <= 0 or tokens < 0:
         return before
     return tokens / answers if before is None else before + (tokens / answers - before) * min(1.0, answers / ANSWERS)
 
 
-def _sequences(
-    decode: StageReading, blocks: float | None, inter_token_s: float | None, running: float | None, itl_s: float
-) -> float | None:  # fmt: skip
-    """Sequences that a worker runs while the promise holds: its slots, less where its blocks or its speed allow fewer."""
-    most = _mean(said.engine.max_num_seqs for said in decode.workers.values())
-    if most is None:
-        return None
-    if blocks:
-        room = _mean(said.engine.num_blocks for said in decode.workers.values()) or 0.0
-        most = min(most, MOST_OF_BLOCKS * room / blocks)
-    if inter_token_s and running and inter_token_s > itl_s:
-        most = min(most, running * itl_s / inter_token_s)
-    return max(1.0, most)
+def _most_sequences(decode: StageReading, blocks: float | None) -> float | None:
+    """Sequences that a worker can run: its slots, or what its blocks allow. None without workers."""
+    slots = _mean(said.engine.max_num_seqs for said in decode.workers.values())
+    if slots is None or not blocks:
+        return slots
+    room = _mean(said.engine.num_blocks for said in decode.workers.values()) or 0.0
+    return min(slots, MOST_OF_BLOCKS * room / blocks)
+
+
+def _fitting(
+    before: float | None, busy: Sequence[SaidOfWork], inter_token_s: float | None, itl_s: float
+) -> float | None:
+    """Sequences that keep the promise, once more were seen to break it for a while (`inter_token_s`). A step takes a + b x running, so what
+    runs now tells how many may: where it is too slow, fewer; where it is quick enough, running x promise / step at least. While nobody is
+    busy nothing is learnt."""
+    running, step_s = _mean(said.running for said in busy), _mean(said.step_ms / 1000 for said in busy)
+    if not running or not step_s:
+        return before
+    measured = running * itl_s / step_s
+    if step_s > itl_s and (inter_token_s or 0.0) > itl_s:
+        return measured
+    return before if before is None else max(before, measured)
 
 
 def _average(before: float | None, new: float | None) -> float | None:

@@ -23,6 +23,7 @@ from pipeline.scaling.memory import Memory, StageMemory
 from pipeline.scaling.signals import PoolSignals, StageSignals, believed, doubt, number
 
 AHEAD_MS = 2000  # clocks differ by less
+STARTS = 2  # as many times as long as a start takes, workers that were asked for are waited for
 GAP_LOOKS = 3  # that may be missing before a calm is none any more
 NEEDS = {"prefill": prefill_need, "decode": decode_need}
 
@@ -193,7 +194,7 @@ def _step(look: _Look) -> _Step:
         return _down(look, look.bounds.min_workers, need, stage)
     need = _need(look)
     wanted = need.workers
-    if number(look.stage.alive) < look.before:  # a step is in flight: what piles up behind it is no news
+    if _is_in_flight(look):  # what piles up behind a step is no news
         wanted = max(need.flow, min(wanted, look.before))
     wanted = min(max(wanted, look.bounds.min_workers, 1), look.bounds.max_workers)
     stage = _looked(look, wanted)
@@ -202,8 +203,20 @@ def _step(look: _Look) -> _Step:
     return _down(look, max(count for _, count in stage.needs), need, stage)
 
 
+def _is_in_flight(look: _Look) -> bool:
+    """Whether workers that were asked for are still to come. Those of which nothing is seen for two starts will not."""
+    if number(look.stage.alive) >= look.before:
+        return False
+    since_ms = look.memory.stage(look.name).changed_ms
+    return bool(number(look.stage.starting)) or look.within(since_ms, STARTS * _start_s(look))
+
+
+def _start_s(look: _Look) -> float:
+    return number(look.stage.start_s) if believed(look.stage.start_s) else look.policy.start_s
+
+
 def _need(look: _Look) -> Need:
-    start_s = number(look.stage.start_s) if believed(look.stage.start_s) else look.policy.start_s
+    start_s = _start_s(look)
     outlook = expect(look.memory.arrivals, look.now_ms, start_s + look.policy.poll_s)
     return NEEDS[look.name](look.signals, outlook, look.policy, start_s)
 

@@ -37,9 +37,19 @@ local function count_running(stage, priority, n, by)
   count('running:' .. stage .. ':' .. priority, by * (stage == 'decode' and tonumber(n) or 1))
 end
 
--- Prompt tokens that decode computes for want of a prefill worker, which is demand for one.
-local function count_local(priority, tokens)
-  count('local:' .. priority, tonumber(tokens))
+-- Of those that wait: one that was admitted for later (by = 1), or no longer is one (by = -1). Nobody may claim it yet.
+local function count_later(stage, lane, tokens, by)
+  count('later:' .. stage .. ':' .. lane, by)
+  count('later_tokens:' .. stage .. ':' .. lane, by * tonumber(tokens) + 0)
+end
+
+-- A new request may be claimed from now on. Prompt tokens that decode computes for want of a prefill worker are demand for one.
+local function arrive(stage, priority, tokens)
+  count('arrived:' .. stage .. ':' .. priority, 1)
+  count('arrived_tokens:' .. stage .. ':' .. priority, tonumber(tokens))
+  if stage == 'decode' and redis.call('ZCOUNT', key_alive('prefill'), math.floor(tonumber(now_us()) / 1000), '+inf') == 0 then
+    count('local:' .. priority, tonumber(tokens))
+  end
 end
 
 local function ring(stage)
@@ -97,6 +107,7 @@ local function store(r, epoch)
   if r.delay_ms > 0 then -- it counts as waiting, but stands on no lane yet
     redis.call('HSET', key_req(r.id), 'state', 'queued', 'stage', r.stage, 'lane', r.lane, 'entry', '', 'owner', '')
     count_waiting(r.stage, r.lane, r.tokens, 1)
+    count_later(r.stage, r.lane, r.tokens, 1)
     redis.call('ZADD', key_delayed(), string.format('%.0f', now_ms + r.delay_ms), r.id)
   else
     enqueue(r.id, r.stage, r.lane, r.tokens, r.blocks, r.version)
@@ -144,6 +155,7 @@ local function finish(id, state, reason, by, result)
     count_running(h[3], h[19], h[12], -1)
   else
     count_waiting(h[3], h[4], h[13], -1)
+    if h[5] == '' then count_later(h[3], h[4], h[13], -1) end
     -- an entry that nobody has been given stays: the next claim or sweep deletes it
     if h[5] ~= '' and is_delivered(key_lane(h[3], h[4]), h[5]) then ack(h[3], h[4], h[5]) end
   end
@@ -167,7 +179,10 @@ local function finish(id, state, reason, by, result)
   publish(id, h[8] ~= '' and h[8] or h[17], h[9], cmsgpack.pack({{'e', id, state, reason, tonumber(h[13]), completion, tonumber(h[14] or 0), h[3],
     timeline}}))
   count('ended:' .. state, 1)
-  if state == 'done' then count('answered', completion) end
+  if state == 'done' and (h[3] == 'prefill' or h[3] == 'decode') then
+    count('answers', 1)
+    count('answer_tokens', completion)
+  end
   redis.call('EXPIRE', req, h[15])
   if h[16] and h[16] ~= '' then redis.call('EXPIRE', key_idem(h[16]), h[15]) end
   event(EVENT_OF[state], id, h[3], h[4], h[6], reason)

@@ -45,10 +45,6 @@ store(r, 0)
 if r.idem ~= '' then redis.call('SET', key_idem(r.idem), r.id) end
 redis.call('SADD', key_stages(), r.stage) -- sweeps visit it and operators see it, with no worker of it yet
 count('admitted', 1)
-count('arrived:' .. r.stage .. ':' .. r.priority, 1)
-count('arrived_tokens:' .. r.stage .. ':' .. r.priority, tonumber(r.tokens))
-if r.stage == 'decode' and redis.call('ZCOUNT', key_alive('prefill'), math.floor(tonumber(now_us()) / 1000), '+inf') == 0 then
-  count_local(r.priority, r.tokens)
-end
+if r.delay_ms == 0 then arrive(r.stage, r.priority, r.tokens) end
 event('task-sent', r.id, r.stage, r.lane, '', r.replay_of)
 return {'ok', tasks_waiting + 1}

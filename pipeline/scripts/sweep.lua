@@ -44,10 +44,12 @@ end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', key_delayed(), '-inf', now_ms, 'LIMIT', 0, LIMIT)) do
   redis.call('ZREM', key_delayed(), id)
-  local h = redis.call('HMGET', key_req(id), 'state', 'stage', 'lane', 'entry', 'tokens', 'blocks', 'v')
+  local h = redis.call('HMGET', key_req(id), 'state', 'stage', 'lane', 'entry', 'tokens', 'blocks', 'v', 'priority')
   if h[1] == 'queued' then
     if h[4] == '' then -- it was admitted for later
       count_waiting(h[2], h[3], h[5], -1)
+      count_later(h[2], h[3], h[5], -1)
+      arrive(h[2], h[8], h[5])
       enqueue(id, h[2], h[3], h[5], h[6], h[7])
     else -- it keeps the place that it had before its retry
       redis.call('XCLAIM', key_lane(h[2], h[3]), GROUP, PARKED, 0, h[4], 'JUSTID')
@@ -96,7 +98,6 @@ end
 local function move_to(stage, from, lane, e)
   count_waiting(from, lane, e.tokens, -1)
   enqueue(e.id, stage, e.priority, e.tokens, e.blocks, e.v)
-  if stage ~= from then count_local(e.priority, e.tokens) end
   moved = moved + 1
 end
 
@@ -148,11 +149,19 @@ for _, l in ipairs(lanes) do
   end
 end
 
--- Where nothing runs, nothing is counted as running: what a process of the version before left uncounted ends here.
+-- Where nothing runs, nothing is counted as running, and where nothing is delayed, nothing as admitted for later: what a process of the
+-- version before left uncounted ends here.
+local function count_none(field)
+  if (redis.call('HGET', key_counters(), field) or '0') ~= '0' then redis.call('HSET', key_counters(), field, 0) end
+end
+local is_none_delayed = redis.call('EXISTS', key_delayed()) == 0
 for _, stage in ipairs(may_reclaim and stages or {}) do
-  for _, priority in ipairs({'high', 'default', 'low'}) do
-    local field = 'running:' .. stage .. ':' .. priority
-    if not runs[stage] and (redis.call('HGET', key_counters(), field) or '0') ~= '0' then redis.call('HSET', key_counters(), field, 0) end
+  for _, lane in ipairs({'high', 'default', 'low'}) do
+    if not runs[stage] then count_none('running:' .. stage .. ':' .. lane) end
+    if is_none_delayed then
+      count_none('later:' .. stage .. ':' .. lane)
+      count_none('later_tokens:' .. stage .. ':' .. lane)
+    end
   end
 end
 

@@ -118,11 +118,13 @@ def test_a_promise_that_is_seen_broken_asks_for_one_more_whatever_the_measured_s
 
 def test_tokens_that_come_slower_than_promised_ask_for_one_more_decode_worker():
     slow, noisy = (
-        pool(decode=stage(alive=3), speeds=dataclasses.replace(SPEEDS, inter_token_s=seconds))
+        pool(decode=stage(alive=3, running=3), speeds=dataclasses.replace(SPEEDS, inter_token_s=seconds))
         for seconds in (0.054, 0.051)
     )
+    past = dataclasses.replace(slow, decode=stage(alive=3, running=2))  # one has nothing to do
     assert decode_need(slow, outlook(1.0), POLICY, 30.0).workers == 4
     assert decode_need(noisy, outlook(1.0), POLICY, 30.0).workers == 1
+    assert decode_need(past, outlook(1.0), POLICY, 30.0).workers == 1
 
 
 @given(st.integers(0, 10_000), st.integers(0, 10_000), st.integers(0, 10**8), st.integers(0, 10**8), st.floats(0, 20))

@@ -86,6 +86,21 @@ def test_workers_under_way_are_not_asked_for_again():
     assert {prefill for prefill, _ in looks.looks(more, 10)} == {4}
 
 
+def test_workers_that_do_not_come_are_not_waited_for_without_end():
+    looks = Looks()
+    looks.looks(busy(), 1)
+    (_, (asked, _)) = looks.looks(flooded(), 2)
+    assert asked > 1
+    lost = flooded()  # one is alive as before, and none starts
+    within = looks.looks(lost, int(2 * POLICY.start_s / 5) - 1)
+    assert {prefill for prefill, _ in within} == {asked}
+    assert looks.looks(lost, 4)[-1][0] == asked  # what waits needs no more than that
+    more = dataclasses.replace(
+        lost, prefill=dataclasses.replace(lost.prefill, lanes={"default": lane(900, 720_000, 9.0, 0.5)})
+    )
+    assert looks.looks(more, 2)[-1][0] > asked
+
+
 def test_while_some_start_more_traffic_asks_for_more():
     looks = Looks(had=(4, 1))
     assert looks.looks(busy(20.0, alive=(1, 1), starting=3), 2)[-1][0] > 4

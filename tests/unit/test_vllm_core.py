@@ -58,13 +58,15 @@ class Heard:
         self.outputs: list[str] = []
         self.refused: list[tuple[str, str]] = []
         self.deaths: list[BaseException] = []
+        self.took_s: list[float] = []
         self._news: asyncio.Queue[None] = asyncio.Queue()
 
     def core(self) -> Core:
         """A core that says it here."""
         return Core(self._step, self._death, self._refusal, lambda: 0, lambda: 0.002)
 
-    def _step(self, step: Any) -> None:
+    def _step(self, step: Any, took_s: float) -> None:
+        self.took_s.append(took_s)
         for output in step.outputs:
             self.outputs.append(output)
             self._news.put_nowait(None)

@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +19,7 @@ from pipeline.errors import EngineError
 from pipeline.kv_events import KVEvent
 from pipeline.protocol import LLMEngineOutput
 from workers.engine import EngineInfo, EngineStats
+from workers.engines.step_times import StepTimes
 
 Vectors = NDArray[np.float32]
 
@@ -65,7 +65,8 @@ class BatchedEmbedding:
         self._embedder = embedder
         self._calls: list[Call] = []  # those without an answer, in the order in which they came
         self._has_work = asyncio.Event()
-        self._stats = EngineStats()
+        self._tokens = 0
+        self._times = StepTimes()
         self._loop: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -117,7 +118,14 @@ class BatchedEmbedding:
         """See `BaseEngine.stats`."""
         waiting = sum(len(call.sequences) - call.begun for call in self._calls)
         running = sum(call.begun - len(call.rows) for call in self._calls)
-        return msgspec.structs.replace(self._stats, running=running, waiting=waiting)
+        return EngineStats(
+            running=running,
+            waiting=waiting,
+            prompt_tokens_computed=self._tokens,
+            steps=self._times.steps,
+            busy_s=self._times.busy_s,
+            step_ms=self._times.average_ms,
+        )
 
     async def close(self) -> None:
         """See `BaseEngine.close`."""
@@ -148,17 +156,8 @@ class BatchedEmbedding:
             call.rows.append(row)
             if len(call.rows) == len(call.sequences) and not call.answer.done():
                 call.answer.set_result(call.rows)
-        self._count(sum(len(sequence) for _, sequence in batch), 1000 * (time.monotonic() - started_s))
-
-    def _count(self, tokens: int, step_ms: float) -> None:
-        before = self._stats
-        average_ms = before.step_ms + 0.1 * (step_ms - before.step_ms) if before.steps else step_ms
-        self._stats = msgspec.structs.replace(
-            before,
-            prompt_tokens_computed=before.prompt_tokens_computed + tokens,
-            steps=before.steps + 1,
-            step_ms=average_ms,
-        )
+        self._tokens += sum(len(sequence) for _, sequence in batch)
+        self._times.add(time.monotonic() - started_s)
 
 
 def next_batch(calls: Iterable[Call], max_tokens: int) -> list[tuple[Call, list[int]]]:

@@ -152,8 +152,9 @@ class PagedEngine:
             handle_bytes=transfer.bytes_used,
             handle_bytes_free=transfer.bytes_free,
             fetched=transfer.fetched,
-            steps=counters.steps,
-            step_ms=counters.step_ms,
+            steps=counters.times.steps,
+            busy_s=counters.times.busy_s,
+            step_ms=counters.times.average_ms,
         )
 
     def step_log(self) -> list[LoggedStep]:

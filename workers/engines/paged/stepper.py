@@ -20,6 +20,7 @@ from workers.engines.paged.prompts import Asked
 from workers.engines.paged.runner import Chosen, Row, RowFailure, Runner, Scored
 from workers.engines.paged.scheduler import ScheduledRow, Scheduler, Step
 from workers.engines.paged.sequence import Place, Sequence
+from workers.engines.step_times import StepTimes
 
 MAX_UNREAD_STEPS = 256  # the engine pauses while its reader is this far behind
 STEP_LOG_LENGTH = 1024
@@ -44,8 +45,7 @@ class Counters:
         self.recomputed_tokens = 0
         self.output_tokens = 0
         self.preemptions = 0
-        self.steps = 0
-        self.step_ms = 0.0
+        self.times = StepTimes()
 
 
 class Stepper:
@@ -205,8 +205,7 @@ class Stepper:
         for sequence in self._left:
             self._scheduler.release(sequence)
         self._left.clear()
-        self.counters.steps += 1
-        self.counters.step_ms += 0.1 * ((perf_counter() - started) * 1000 - self.counters.step_ms)
+        self.counters.times.add(perf_counter() - started)
         if outputs:
             self._unread.append(outputs)
             self._news.set()
@@ -297,7 +296,7 @@ class Stepper:
         self.counters.preemptions += len(step.preempted)
         rows = [(row.sequence.request.request_id, row.sequence.choice, row.start, row.count) for row in step.rows]
         preempted = [(sequence.request.request_id, sequence.choice) for sequence in step.preempted]
-        self.log.append(LoggedStep(self.counters.steps, rows, self._pool.used, preempted))
+        self.log.append(LoggedStep(self.counters.times.steps, rows, self._pool.used, preempted))
 
     def _give_back(self, sequence: Sequence) -> None:
         """Release the blocks, after the running step if there is one: it may be writing to them."""
@@ -308,7 +307,7 @@ class Stepper:
         self._work.set()
 
     def _die(self, error: Exception) -> None:
-        self.death = EngineDied(f"step {self.counters.steps} failed: {type(error).__name__}: {error}")
+        self.death = EngineDied(f"step {self.counters.times.steps} failed: {type(error).__name__}: {error}")
         self.death.__cause__ = error
         for job in list(self._jobs.values()):
             for waiter in (job.joined, job.computed):

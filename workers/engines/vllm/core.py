@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,12 +34,12 @@ class Load:
 
 
 class Core:
-    """Runs `make` on its thread and steps what it gives until `close`. In the loop `on_death` is called with what a step raised, and
-    `on_refusal` with vLLM's id of a request that it does not take, and why. `unread` tells how many steps' outputs wait to be read,
-    `pause_s` how long to rest while all requests wait."""
+    """Runs `make` on its thread and steps what it gives until `close`. In the loop `on_outputs` is called with what a step gave and the
+    seconds that vLLM took for it, `on_death` with what a step raised, and `on_refusal` with vLLM's id of a request that it does not take,
+    and why. `unread` tells how many steps' outputs wait to be read, `pause_s` how long to rest while all requests wait."""
 
     def __init__(
-        self, on_outputs: Callable[[Any], None], on_death: Callable[[BaseException], None],
+        self, on_outputs: Callable[[Any, float], None], on_death: Callable[[BaseException], None],
         on_refusal: Callable[[str, Exception], None], unread: Callable[[], int], pause_s: Callable[[], float],
     ) -> None:  # fmt: skip
         self._loop = asyncio.get_running_loop()
@@ -50,6 +51,7 @@ class Core:
         self._orders: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
+        self._took_s = 0.0  # by vLLM, since it gave outputs last
         self._engine: Any = None
         self._thread: threading.Thread | None = None
 
@@ -163,9 +165,12 @@ class Core:
         return bool(self._scheduler.has_requests() or self._client.engine_core.batch_queue)
 
     def _step(self) -> None:
+        began_s = time.perf_counter()
         outputs = self._client.get_output()
+        self._took_s += time.perf_counter() - began_s
         if outputs.outputs or outputs.scheduler_stats:
-            self._say(self._on_outputs, outputs)
+            self._say(self._on_outputs, outputs, self._took_s)
+            self._took_s = 0.0
         if not outputs.outputs and not self._scheduler.running:  # all wait: for blocks, whose arrival is told, or else
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closing or self._orders, self._pause_s())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from pipeline.protocol import BackendInput
 from workers.engine import EngineStats
+from workers.engines.step_times import StepTimes
 from workers.engines.vllm.core import Load
 from workers.transfer import TransferStats
-
-LONGEST_STEP_S = 1.0
 
 
 class Counters:
@@ -19,17 +17,12 @@ class Counters:
     def __init__(self) -> None:
         self._prefix_hit_tokens = self._prefix_query_tokens = 0
         self._prompt_tokens_computed = self._output_tokens = 0
-        self._preemptions = self._steps = 0
-        self._step_ms = 0.0
-        self._last_s = 0.0
+        self._preemptions = 0
+        self._times = StepTimes()
 
-    def count(self, step: Any) -> None:
-        """One step (vLLM's `EngineCoreOutputs`)."""
-        self._steps += 1
-        now_s = time.perf_counter()
-        if now_s - self._last_s < LONGEST_STEP_S:  # an idle engine's pause is no step
-            self._step_ms += 0.1 * ((now_s - self._last_s) * 1000 - self._step_ms)
-        self._last_s = now_s
+    def count(self, step: Any, took_s: float) -> None:
+        """One step (vLLM's `EngineCoreOutputs`), which took so long."""
+        self._times.add(took_s)
         self._output_tokens += sum(len(output.new_token_ids) for output in step.outputs)
         for output in step.outputs:
             self._preemptions += sum(event.type.name == "PREEMPTED" for event in output.events or ())
@@ -56,6 +49,7 @@ class Counters:
             handle_bytes=transfer.bytes_used,
             handle_bytes_free=transfer.bytes_free,
             fetched=transfer.fetched,
-            steps=self._steps,
-            step_ms=self._step_ms,
+            steps=self._times.steps,
+            busy_s=self._times.busy_s,
+            step_ms=self._times.average_ms,
         )

@@ -231,9 +231,9 @@ class VllmEngine:
         self._kv_events.put_nowait(None)
         await self._transfer.close()
 
-    def _take(self, step: Any) -> None:
+    def _take(self, step: Any, took_s: float) -> None:
         """The outputs of one step of vLLM (`EngineCoreOutputs`)."""
-        self._counters.count(step)
+        self._counters.count(step, took_s)
         outputs = []
         for output in step.outputs:
             choice = self._choices.get(output.request_id)
