@@ -15,14 +15,14 @@ from pipeline.config import RedisSettings
 from pipeline.errors import ConfigError, RedisUnavailable
 from pipeline.sentinel_url import is_sentinel_url, parse_sentinel_url
 
-RETRIES = 3  # of a command whose connection was lost; each waits longer, at most a second
+RETRIES = 3  # of a command whose connection was lost; each waits longer, at most a second. One that is not answered in time is not repeated
 
 
 def blocking_client(settings: RedisSettings) -> redis.Redis:
     """A client that makes connections when they are needed. Raises ConfigError for a wrong address."""
     limits = {
         "socket_connect_timeout": settings.timeout_s,
-        "retry": Retry(ExponentialBackoff(cap=1.0, base=0.1), RETRIES),
+        "retry": Retry(ExponentialBackoff(cap=1.0, base=0.1), RETRIES, (redis.ConnectionError,)),
     }
     if is_sentinel_url(settings.url):
         url = parse_sentinel_url(settings.url)

@@ -57,20 +57,28 @@ class Beat:
         else:
             (self._folder / READY).unlink(missing_ok=True)
 
+    @contextlib.asynccontextmanager
+    async def kept(self, is_ready: Callable[[], bool]) -> AsyncIterator[None]:
+        """Meanwhile the files tell each second how this worker stands."""
+
+        async def show() -> None:
+            while True:
+                self.show(is_ready=is_ready())
+                await asyncio.sleep(INTERVAL_S)
+
+        showing = asyncio.create_task(show(), name="beat")
+        try:
+            yield
+        finally:
+            showing.cancel()
+
 
 @contextlib.asynccontextmanager
 async def beating(folder: str, is_ready: Callable[[], bool]) -> AsyncIterator[None]:
-    """Meanwhile the files tell each second how this worker stands. Raises as `Beat`."""
+    """The same for a whole life, behind which no file is left. Raises as `Beat`."""
     beat = Beat(folder)
-
-    async def show() -> None:
-        while True:
-            beat.show(is_ready=is_ready())
-            await asyncio.sleep(INTERVAL_S)
-
-    showing = asyncio.create_task(show(), name="beat")
     try:
-        yield
+        async with beat.kept(is_ready):
+            yield
     finally:
-        showing.cancel()
         beat.end()

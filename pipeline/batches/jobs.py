@@ -7,6 +7,7 @@ one of ours with arguments of ours; callbacks and webhooks that it names are not
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +103,15 @@ class BatchQueue:
     def workers(self) -> set[str]:
         """Names of the batch workers that rq lists; one that died stays there for a while. Raises RedisUnavailable."""
         with answering():
-            return {key.removeprefix(Worker.redis_worker_namespace_prefix) for key in Worker.all_keys(queue=self.queue)}
+            listed = [
+                key.removeprefix(Worker.redis_worker_namespace_prefix) for key in Worker.all_keys(queue=self.queue)
+            ]
+        return {name.rpartition("-")[0] for name in listed}
+
+    @staticmethod
+    def name_at_rq(worker: str) -> str:
+        """A name of its own for each start of a worker: rq lists one that was killed for a while, and refuses another one of its name."""
+        return f"{worker}-{secrets.token_hex(3)}"
 
     async def enqueue_soon(self, batch_id: str) -> None:
         """The same, for a moment. A queue that does not answer is no loss: workers look for batches that nobody has."""

@@ -25,7 +25,7 @@ def seen(folder: Path) -> set[str]:
 async def turns(system: System, folder: Path) -> None:
     """The file is touched once more than it was."""
     before = (folder / ALIVE).stat().st_mtime_ns
-    await system.until(lambda: (folder / ALIVE).stat().st_mtime_ns > before, 20)
+    await system.until(lambda: (folder / ALIVE).stat().st_mtime_ns > before, 60)
 
 
 async def ended(worker: subprocess.Popen[bytes]) -> int:
@@ -45,20 +45,35 @@ async def test_it_is_ready_from_its_first_answer_of_redis_until_it_leaves(
         assert (await ended(worker), seen(beats)) == (0, set())
 
 
-async def test_without_redis_it_is_alive_and_not_ready(short_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["prefill", "batch"])
+async def test_without_redis_it_is_alive_and_not_ready(short_dir: Path, tmp_path: Path, stage: str) -> None:
     beats = tmp_path / "beats"
     with RedisServer.start(short_dir / "redis") as server:
         server.wait_ready()
         async with System(server.url, *QUICK, f"worker.beat_dir={beats}", log_dir=tmp_path) as system:
-            worker = system.spawn("workers", "prefill")
+            worker = system.spawn("workers", stage)
             await system.until(lambda: READY in seen(beats))
             server.process.send_signal(signal.SIGSTOP)
             try:
-                await system.until(lambda: seen(beats) == {ALIVE}, 30)
+                await system.until(lambda: seen(beats) == {ALIVE}, 60)
                 await turns(system, beats)
             finally:
                 server.process.send_signal(signal.SIGCONT)
             await system.until(lambda: READY in seen(beats), 30)
+            assert await ended(worker) == 0
+
+
+@pytest.mark.parametrize("stage", ["prefill", "batch"])
+async def test_one_that_starts_waits_for_redis_and_lives_meanwhile(short_dir: Path, tmp_path: Path, stage: str) -> None:
+    beats = tmp_path / "beats"
+    async with System(
+        f"unix://{short_dir}/redis/redis.sock", *QUICK, f"worker.beat_dir={beats}", log_dir=tmp_path
+    ) as system:
+        worker = system.spawn("workers", stage)
+        await system.until(lambda: seen(beats) == {ALIVE})
+        await turns(system, beats)
+        with RedisServer.start(short_dir / "redis"):
+            await system.until(lambda: READY in seen(beats), 60)
             assert await ended(worker) == 0
 
 

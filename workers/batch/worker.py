@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import structlog
 from rq import Queue, Worker
 from rq.exceptions import StopRequested
@@ -34,6 +34,7 @@ from workers.batch.webhooks import TellerProcess
 from workers.beat import Beat
 
 LOOK_S = 5  # between two looks for batches that nobody has
+ANSWER_S = 5  # that a Redis may take to answer
 MONITOR_S = 5  # between two beats of a job's heart
 
 log = structlog.get_logger("baton.batches")
@@ -43,14 +44,13 @@ def serve(settings: Settings, name: str) -> None:
     """Run batches until a signal asks to leave: what runs then is handed back. Raises ConfigError, RedisUnavailable."""
     beat = Beat(settings.worker.beat_dir)
     batches = BatchQueue(settings.redis, settings.rq)
-    batches.check()
     teller = TellerProcess(settings)
     teller.keep_running()  # forked before there are threads
-    asyncio.run(_begin(settings, batches))
+    asyncio.run(_begin(settings, batches, beat))
     job.configure(settings, name)
     logging.getLogger("rq.worker").setLevel(logging.WARNING)
     worker = BatchWorker(
-        [batches.queue], name=_name_at_rq(name), connection=batches.connection, job_class=BatchJob, serializer=JSONSerializer,
+        [batches.queue], name=batches.name_at_rq(name), connection=batches.connection, job_class=BatchJob, serializer=JSONSerializer,
         maintenance_interval=LOOK_S, worker_ttl=15 + LOOK_S, job_monitoring_interval=MONITOR_S,
     )  # fmt: skip
     worker.settings, worker.batches, worker.teller, worker.beat = settings, batches, teller, beat
@@ -78,7 +78,13 @@ class BatchWorker(Worker):
     teller: TellerProcess
     beat: Beat
     is_leaving = False
+    max_connection_wait_time = 10.0  # rq does not beat while it waits for its Redis: probes must see it live
     swept_s = 0.0  # when everything was looked at that batches may have left
+
+    @property
+    def connection_timeout(self) -> int:
+        """Seconds that a command may take: those that rq waits for a job, and some."""
+        return int(self.dequeue_timeout) + ANSWER_S
 
     def run_maintenance_tasks(self) -> None:
         """rq's own, the process that tells of ends, and batches whose worker died."""
@@ -89,6 +95,7 @@ class BatchWorker(Worker):
             asyncio.run(_look(self.settings, self.batches, is_thorough=self._sweeps_now()))
         except BatonError as error:
             log.warning("cannot look for batches", worker=self.name, error=str(error), then=f"again in {LOOK_S} s")
+            self.beat.show(is_ready=False)
         if self.is_leaving:  # what rq's handler raised, an event loop swallowed
             raise StopRequested
 
@@ -116,7 +123,7 @@ class BatchWorker(Worker):
         """It lives: rq is told, each `MONITOR_S` or `LOOK_S`, and who probes it."""
         with self._going_on():
             super().heartbeat(timeout, pipeline)
-        self.beat.show(is_ready=not self.is_leaving)
+            self.beat.show(is_ready=not self.is_leaving)
 
     def set_state(self, state: str, pipeline: Any = None) -> None:
         """It waits, or works."""
@@ -135,6 +142,7 @@ class BatchWorker(Worker):
                 yield
         except RedisUnavailable as error:
             log.warning("rq's Redis is away, going on", worker=self.name, error=str(error))
+            self.beat.show(is_ready=False)
 
     def main_work_horse(self, job: Job, queue: Queue) -> None:
         """The forked process never outlives this one, not even its `kill -9`."""
@@ -155,19 +163,19 @@ class BatchWorker(Worker):
         log.warning("job failed", worker=self.name, batch_id=job.id, error=str(exc_info[1])[:500])
 
 
-def _name_at_rq(name: str) -> str:
-    """rq lists a worker that was killed for a while, and refuses another one of its name: each start has one of its own."""
-    return f"{name}-{secrets.token_hex(3)}"
-
-
-async def _begin(settings: Settings, batches: BatchQueue) -> None:
-    """Wait for Redis, and see that there can be a store of files. Raises ConfigError, RedisUnavailable."""
+async def _begin(settings: Settings, batches: BatchQueue, beat: Beat) -> None:
+    """Wait for Redis and rq's own, and see that there can be a store of files. Raises ConfigError, RedisUnavailable."""
     connection = Connection(settings.redis)
+    of_rq = Connection(msgspec.structs.replace(settings.redis, url=settings.rq.url or settings.redis.url))
     try:
         FileStore(settings.files, connection)
-        await connection.reach()
+        async with beat.kept(lambda: False):
+            await connection.reach()
+            await of_rq.reach()
     finally:
         await connection.close()
+        await of_rq.close()
+    batches.check()
     await _look(settings, batches)
 
 
