@@ -300,6 +300,7 @@ class AutoscaleSettings(Section, frozen=True, kw_only=True):
     idle_s: NotNegative = 300.0  # KEDA: cooldownPeriod, after which there are none
     gpu_budget: Amount = 0  # of both stages; 0: as many as max_workers takes
     start_s: Positive = 60.0  # start-up of a worker, until one was measured
+    start_limit_s: Positive = 1800.0  # one that does not serve by then is killed, and started again
     stale_s: Positive = 15.0  # older signals hold
     devices: str = ""  # the GPUs of this machine that workers may have; empty: they are not dealt out
     log_dir: str = ""  # where workers' lines go; empty: the terminal

@@ -11,15 +11,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from pipeline.cli.children import Lines, LogFiles, Terminal
+from pipeline.cli.gpus import Gpus
 from pipeline.cli.options import Given
-from pipeline.cli.supervisor import Gpus, PoolSupervisor
+from pipeline.cli.stopping import on_stop
+from pipeline.cli.supervisor import PoolSupervisor
 from pipeline.cli.worker_processes import WorkerProcesses
 from pipeline.config import Settings
 from pipeline.connection import Connection
@@ -67,7 +68,7 @@ def chosen_pools(settings: Settings, pools: Sequence[str]) -> list[str]:
     for pool in pools:
         if pool not in settings.pools:
             raise ConfigError(f"--pool: unknown pool {pool}{nearest(pool, settings.pools)}")
-    return list(pools or settings.pools)
+    return list(dict.fromkeys(pools or settings.pools))
 
 
 class Autoscale:
@@ -86,46 +87,49 @@ class Autoscale:
 
     async def run(self) -> int:
         """Takes the pools, scales them, drains; returns the exit code."""
-        scaling = asyncio.ensure_future(self._scale())
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._on_signal, scaling)
-        try:
-            await scaling
-        except asyncio.CancelledError:
-            pass  # by a signal
-        except BatonError as error:
-            self._say(str(error))
-            return exit_for(error)
+        async with self._connected() as connection:
+            scaling = asyncio.ensure_future(self._scale(connection))
+            on_stop(self._on_signal, scaling)
+            failed: BatonError | None = None
+            try:
+                await scaling
+            except asyncio.CancelledError:
+                pass  # by a signal
+            except BatonError as error:
+                self._say(str(error))
+                failed = error
+            await self._drain()
+        if failed is not None:
+            return exit_for(failed)
         self._say("stopped")
         return Exit.OK if self._signals <= 1 else Exit.INTERRUPTED
 
-    async def _scale(self) -> None:
-        async with self._connected() as connection:
-            await connection.reach()
-            processes = WorkerProcesses(
-                self._module,
-                self._connected,
-                self._lines(),
-                self._say,
-                max_attempts=self._settings.worker.max_attempts,
-                batches=self._settings.batches,
-            )
-            self._supervisors = supervisors(
-                self._settings, self._pools, connection, processes, self._say, explain=self._explain
-            )
-            for supervisor in self._supervisors:
-                await supervisor.take()
-            self._say(f"scales {', '.join(self._pools)}; Ctrl-C lets all workers go in order")
-            try:
-                await run_all(self._supervisors)
-            finally:
-                self._say("workers finish what they hold (Ctrl-C again kills)")
-                await drain_all(self._supervisors)
+    async def _scale(self, connection: Connection) -> None:
+        await connection.reach()
+        processes = WorkerProcesses(
+            self._module,
+            self._connected,
+            self._lines(),
+            self._say,
+            max_attempts=self._settings.worker.max_attempts,
+            batches=self._settings.batches,
+        )
+        chosen = supervisors(self._settings, self._pools, connection, processes, self._say, explain=self._explain)
+        for supervisor in chosen:
+            await supervisor.take()
+            self._supervisors.append(supervisor)
+        self._say(f"scales {', '.join(self._pools)}; Ctrl-C lets all workers go in order")
+        await run_all(self._supervisors)
+
+    async def _drain(self) -> None:
+        """Not in the task that scales: a signal that ends that one must not end this."""
+        if self._supervisors:
+            self._say("workers finish what they hold (Ctrl-C again kills)")
+        await drain_all(self._supervisors)
 
     def _on_signal(self, scaling: asyncio.Future[None]) -> None:
         self._signals += 1
-        if self._signals == 1:
+        if not scaling.done():
             scaling.cancel()
             return
         self._say("killing all workers")
@@ -163,7 +167,8 @@ def supervisors(
     return [
         PoolSupervisor(
             pool, settings.autoscale, connection, processes, gpus, say,
-            drain_s=settings.worker.drain_s, prefix=f"{pool}." if len(settings.pools) > 1 else "", explain=explain,
+            drain_s=settings.worker.drain_s, lease_s=settings.worker.lease_s,
+            prefix=f"{pool}." if len(settings.pools) > 1 else "", explain=explain,
         )
         for pool in pools
     ]  # fmt: skip

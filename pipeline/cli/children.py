@@ -33,7 +33,7 @@ class ChildEnded(BatonError):
 
 
 class Lines(Protocol):
-    """Where the lines of processes go."""
+    """Where the lines of processes go. One that cannot be written, on a full disk or a terminal that is gone, is lost and ends nothing."""
 
     def line(self, name: str, text: str) -> None:
         """Takes a line of a process."""
@@ -49,7 +49,7 @@ class LogFiles:
 
     def line(self, name: str, text: str) -> None:
         """Adds a line to the file of a process."""
-        with (self._folder / f"{name}.log").open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), (self._folder / f"{name}.log").open("a", encoding="utf-8") as file:
             file.write(f"{text}\n")
 
 
@@ -57,7 +57,7 @@ class Terminal:
     """Where all processes print: `name | line`, a colour for each name, one writer so that lines never mix. Names may come later, too."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
+        self._console = _console()
         self._width = max(len(name) for name in names)
         self._colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
         self._held: list[tuple[str, str]] | None = None
@@ -69,11 +69,19 @@ class Terminal:
             return
         colour = self._colours.setdefault(name, _COLOURS[len(self._colours) % len(_COLOURS)])
         prefix = (f"{name:<{self._width}} | ", colour)
-        self._console.print(Text.assemble(prefix, Text.from_ansi(text)))
+        self._print(Text.assemble(prefix, Text.from_ansi(text)))
 
     def write(self, text: str) -> None:
         """Prints a piece of text as it is, without a line end."""
-        self._console.print(Text(text), end="")
+        self._print(Text(text), end="")
+
+    def _print(self, text: Text, *, end: str = "\n") -> None:
+        try:
+            self._console.print(text, end=end)
+        except SystemExit:  # rich's answer to a pipe that nobody reads; it is quiet from now on
+            pass
+        except OSError:  # a console would print all that failed once more, each time
+            self._console = _console()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -85,6 +93,10 @@ class Terminal:
             lines, self._held = self._held, None
             for name, text in lines:
                 self.line(name, text)
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True, file=sys.stdout)
 
 
 class Child:

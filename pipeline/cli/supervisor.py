@@ -16,10 +16,11 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipeline.cli.children import Restarts
+from pipeline.cli.gpus import Gpus
 from pipeline.cli.worker_processes import Worker, WorkerPlace, WorkerProcesses
 from pipeline.config import AutoscaleSettings
 from pipeline.connection import Connection, Subscription
@@ -37,7 +38,6 @@ from pipeline.scaling.places import (
     Work,
     environment_of,
     first_free,
-    gpus_for,
     next_step,
     who_goes,
     within_gpus,
@@ -50,29 +50,9 @@ from pipeline.waiting import until_first, wait_at_most
 Rule = Callable[[PoolSignals, AutoscaleSettings, Memory, int], Decision]
 
 LEAST_PAUSE_S = 0.05  # between two looks, however often the bell rings
-
-
-class Gpus:
-    """The GPUs of this machine that workers may have, and which pool has which. Shared by the supervisors of all pools."""
-
-    def __init__(self, names: str) -> None:
-        self.names = names.replace(",", " ").split()
-        self._taken: dict[str, str] = {}
-
-    def take(self, pool: str, count: int) -> tuple[str, ...] | None:
-        """So many that are free; None while there are not as many."""
-        found = gpus_for(count, self.names, self._taken)
-        self._taken.update(dict.fromkeys(found or (), pool))
-        return found
-
-    def give_back(self, gpus: Iterable[str]) -> None:
-        """Their worker has ended."""
-        for gpu in gpus:
-            self._taken.pop(gpu, None)
-
-    def of_others(self, pool: str) -> int:
-        """How many other pools have."""
-        return sum(owner != pool for owner in self._taken.values())
+UNSEEN_LEASES = (
+    4  # as long as so many leases a worker of ours may be missing from Redis before it is taken for one that hangs
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,6 +64,7 @@ class Member:
     restarts: Restarts
     phase: Phase = Phase.STARTING
     began_s: float = 0.0
+    seen_s: float = 0.0  # when Redis listed it last, or did not answer
     has_served: bool = False
     again_s: float = 0.0  # when a broken one is started again
     life: asyncio.Task[None] | None = None
@@ -95,17 +76,18 @@ class PoolSupervisor:
 
     def __init__(
         self, pool: str, policy: AutoscaleSettings, connection: Connection, processes: WorkerProcesses,
-        gpus: Gpus, say: Callable[[str], None], *, drain_s: float, prefix: str = "",
+        gpus: Gpus, say: Callable[[str], None], *, drain_s: float, lease_s: float, prefix: str = "",
         explain: bool = False, rule: Rule = decide,
     ) -> None:  # fmt: skip
         self.pool = pool
-        self.is_ready = asyncio.Event()  # as many workers serve as there are at least
+        self.is_ready = asyncio.Event()  # as many workers serve as there are at least, or as GPUs allow
         self._policy = policy
         self._connection = connection
         self._processes = processes
         self._gpus = gpus
         self._say = say
         self._grace_s = drain_s + 5
+        self._unseen_s = UNSEEN_LEASES * lease_s
         self._prefix = prefix
         self._explains = explain
         self._rule = rule
@@ -117,6 +99,8 @@ class PoolSupervisor:
         self._restarts: dict[tuple[str, int], Restarts] = {}
         self._start_s: dict[str, float] = {}
         self._rung = asyncio.Event()
+        self._asleep: set[str] = set()  # stages that nobody serves, and nobody is to
+        self._lacking: set[str] = set()  # stages that wait for a GPU
         self._said: dict[str, str] = {}
 
     async def take(self) -> None:
@@ -138,11 +122,17 @@ class PoolSupervisor:
 
     async def drain(self) -> None:
         """Let all workers go in order: prefill while decode can still fetch its blocks, then decode. Then others may have the pool."""
+        keeping = asyncio.create_task(self._keep_lease())
         for stage in STAGES:
             members = list(self._members[stage].values())
             for member in members:
                 self._let_go(member)
-            await asyncio.gather(*(task for one in members for task in (one.ending, one.life) if task is not None))
+            ends = [task for one in members for task in (one.ending, one.life) if task is not None]
+            for failed in await asyncio.gather(*ends, return_exceptions=True):
+                if failed is not None:
+                    self._say(f"{self._prefix}{stage}: while its workers left: {failed!r}")
+        keeping.cancel()
+        await asyncio.wait([keeping])
         with contextlib.suppress(BatonError):
             await self._lease.give_up()
 
@@ -177,13 +167,14 @@ class PoolSupervisor:
                 await self._listen_for_the_first(bells)
             except RedisUnavailable as error:
                 self._say_once("held", f"held: {error}")
+                self._see_all()
             await asyncio.sleep(min(LEAST_PAUSE_S, self._policy.poll_s))
             await wait_at_most(self._rung, self._policy.poll_s)
 
     async def _listen_for_the_first(self, bells: Subscription) -> None:
         for stage in STAGES:
             bell = self._keys.bell(stage)
-            is_asleep = not self._members[stage]
+            is_asleep = stage in self._asleep
             if is_asleep and bell not in bells.channels:
                 await bells.add(bell)
             elif not is_asleep and bell in bells.channels:
@@ -198,9 +189,9 @@ class PoolSupervisor:
         fleet, itl_s = self._fleet(), policy.itl_ms / 1000
         signals, self._known = signals_of(reading, self._known, fleet, itl_s=itl_s)
         decision = self._rule(signals, policy, self._memory, reading.time_ms)
+        await self._lease.tell(decision, reading.time_ms)
         self._memory = decision.memory
         self._tell(decision)
-        await self._lease.tell(decision, reading.time_ms)
         for stage in STAGES:
             step = next_step(decision.stage(stage).desired, self._phases(stage), others[stage])
             await self._reduce(stage, step.let_go)
@@ -208,6 +199,10 @@ class PoolSupervisor:
             await self._start_again(stage)
             step = next_step(decision.stage(stage).desired, self._phases(stage), others[stage])
             await self._increase(stage, step.start)
+            self._end_those_that_hang(stage)
+        self._asleep = {
+            stage for stage in STAGES if not (self._members[stage] or others[stage] or decision.stage(stage).desired)
+        }
 
     def _take_note(self, reading: Reading) -> dict[str, int]:
         """Which of ours have started, and how many others there are. Those of others that claim nothing are no capacity; ours keep their
@@ -216,12 +211,14 @@ class PoolSupervisor:
         for stage in STAGES:
             listed = dict(reading.stages[stage].workers)
             for member in self._members[stage].values():
-                if member.phase is Phase.STARTING and member.worker.name in listed:
+                if listed.pop(member.worker.name, None) is None:
+                    continue
+                member.seen_s = time.monotonic()
+                if member.phase is Phase.STARTING:
                     self._has_started(stage, member)
-                listed.pop(member.worker.name, None)
             others[stage] = sum(said.claims for said in listed.values())
         working = {stage: others[stage] + self._phases(stage).count(Phase.WORKING) for stage in STAGES}
-        if all(working[stage] >= self._policy.stage(stage).min_workers for stage in STAGES):
+        if all(working[stage] >= self._policy.stage(stage).min_workers or stage in self._lacking for stage in STAGES):
             self.is_ready.set()
         return others
 
@@ -282,7 +279,7 @@ class PoolSupervisor:
 
     def _let_go(self, member: Member) -> None:
         """Ask it to leave: it claims nothing more, finishes what it holds, keeps its blocks until they are fetched. May be called twice."""
-        if member.phase is Phase.BROKEN:
+        if member.phase is Phase.BROKEN and (member.life is None or member.life.done()):
             self._forget(member)
         elif member.ending is None:
             member.phase = Phase.LEAVING
@@ -294,9 +291,11 @@ class PoolSupervisor:
         for _ in range(count):
             gpus = self._gpus.take(self.pool, self._policy.stage(stage).gpus)
             if gpus is None:
-                self._say_once(f"{stage} GPUs", f"{self._prefix}{stage} waits for a GPU")
+                if stage not in self._lacking:
+                    self._say(f"{self._prefix}{stage} waits for a GPU")
+                self._lacking.add(stage)
                 return
-            self._said.pop(f"{stage} GPUs", None)
+            self._lacking.discard(stage)
             number = first_free(self._members[stage])
             place = WorkerPlace(self.pool, stage, number, f"{self._prefix}{stage}-{number}")
             worker = self._processes.make(place, environment_of(self._gpus.names, gpus))
@@ -305,7 +304,7 @@ class PoolSupervisor:
             await self._start(member)
 
     async def _start_again(self, stage: str) -> None:
-        for member in self._members[stage].values():
+        for member in list(self._members[stage].values()):
             if member.phase is Phase.BROKEN and time.monotonic() >= member.again_s:
                 await self._start(member)
 
@@ -320,6 +319,26 @@ class PoolSupervisor:
         await self._lease.join(member.worker.name, member.worker.place.stage)
 
     # -- the end of one ---------------------------------------------------------------------------------------------------
+
+    def _see_all(self) -> None:
+        """While Redis does not answer, nobody is missing there."""
+        for member in self._all():
+            member.seen_s = time.monotonic()
+
+    def _end_those_that_hang(self, stage: str) -> None:
+        """Ours that never begin to serve, or no longer say that they live: they are killed, and so are started again."""
+        now_s = time.monotonic()
+        for member in self._members[stage].values():
+            waited_s, missing_s = now_s - member.began_s, now_s - member.seen_s
+            if member.phase is Phase.STARTING and waited_s > self._policy.start_limit_s:
+                self._say(f"{member.worker.place.label} does not serve after {waited_s:.0f} s: killed")
+            elif member.phase is Phase.WORKING and missing_s > self._unseen_s:
+                self._say(f"{member.worker.place.label} was not heard of for {missing_s:.0f} s: killed")
+            else:
+                continue
+            member.phase = Phase.BROKEN  # when it is started again is known when it has ended
+            member.again_s = float("inf")
+            member.worker.child.kill()
 
     async def _see_its_end(self, member: Member) -> None:
         """Of its own will or not: what it held waits again, and its place is free, now or after a while."""

@@ -19,7 +19,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import sys
 import sysconfig
@@ -36,6 +35,7 @@ from pipeline.cli.autoscale import drain_all, run_all, supervisors
 from pipeline.cli.children import Child, ChildEnded, Restarts, Terminal
 from pipeline.cli.openai_stream import stream_chat
 from pipeline.cli.options import Given, api_headers, api_url
+from pipeline.cli.stopping import on_stop
 from pipeline.cli.supervisor import PoolSupervisor
 from pipeline.cli.worker_processes import Worker, WorkerPlace, WorkerProcesses
 from pipeline.config import PoolSettings, Settings
@@ -46,7 +46,7 @@ from pipeline.key_store import KeyStore, read_keys_file
 from pipeline.keys import PoolKeys
 from pipeline.processes import ending
 from pipeline.queue import BATCH, EMBED, STAGES
-from pipeline.redis_server import RedisServer, find_server
+from pipeline.redis_server import RedisServer, RedisServerError, ServerProgram, find_server
 from pipeline.scaling.policy import check
 from pipeline.settings_file import load_settings
 from pipeline.snapshot import take_snapshot
@@ -140,9 +140,7 @@ class Up:
     async def run(self) -> int:
         """Starts, serves, stops; returns the exit code."""
         serving = asyncio.ensure_future(self._serve())
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._on_signal, serving)
+        on_stop(self._on_signal, serving)
         try:
             await serving
         except asyncio.CancelledError:
@@ -300,7 +298,16 @@ class Up:
                 if worker.child is child:
                     await self._processes.give_back_tasks_of(worker)
             await asyncio.sleep(delay_s)
-            await child.start()
+            await self._start_again(child, restarts)
+
+    async def _start_again(self, child: Child, restarts: Restarts) -> None:
+        while True:
+            try:
+                return await child.start()
+            except OSError as error:  # no memory, too many processes
+                delay_s = restarts.delay_s(0)
+                self._say(f"{child.name} cannot be started ({error.strerror}): trying again in {delay_s:g} s")
+                await asyncio.sleep(delay_s)
 
     async def _keep_redis_running(self, server: RedisServer) -> None:
         restarts = Restarts()
@@ -311,11 +318,22 @@ class Up:
             delay_s = restarts.delay_s(time.monotonic() - started_s)
             self._say(f"Redis {ending(server.process.returncode)}: starting it again in {delay_s:g} s; requests wait")
             await asyncio.sleep(delay_s)
-            settings = self._settings.redis
-            server = self._redis = RedisServer.start(
-                Path(settings.run_dir), program=server.program, appendfsync=settings.appendfsync
-            )
-            await asyncio.to_thread(server.wait_ready)
+            server = self._redis = await self._redis_again(server.program, restarts)
+
+    async def _redis_again(self, program: ServerProgram, restarts: Restarts) -> RedisServer:
+        """One that answers, or has just ended once more."""
+        settings = self._settings.redis
+        while True:
+            try:
+                server = RedisServer.start(Path(settings.run_dir), program=program, appendfsync=settings.appendfsync)
+            except (RedisServerError, OSError) as error:
+                delay_s = restarts.delay_s(0)
+                self._say(f"Redis cannot be started ({error}): trying again in {delay_s:g} s; requests wait")
+                await asyncio.sleep(delay_s)
+                continue
+            with contextlib.suppress(RedisServerError):  # that it ended is seen by who watches it
+                await asyncio.to_thread(server.wait_ready)
+            return server
 
     # -- stop -------------------------------------------------------------------------------------------------------------
 

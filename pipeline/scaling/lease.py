@@ -88,15 +88,17 @@ class ScalerLease:
 
     async def orphans(self) -> dict[str, str]:
         """Workers (name -> stage) that have ended together with who started them. Those of other machines are forgotten: their leases
-        run out. Raises RedisUnavailable."""
+        run out. Those of a process of this machine that lives are its own: it lets them go, or the next one finds that it has ended.
+        Raises RedisUnavailable."""
         crew = text_pairs(await self._connection.command("HGETALL", self._keys.crew()))
         found = {}
         for name, value in crew.items():
             stage, _, holder = value.partition(" ")
-            if (known := _holder(holder.encode())) is not None and known.has_ended:
-                found[name] = stage
-            elif holder.encode() != self._me:
+            known = _holder(holder.encode())
+            if known is None or known.machine != _machine():
                 await self.leave(name)
+            elif known.has_ended:
+                found[name] = stage
         return found
 
     async def join(self, worker: str, stage: str) -> None:

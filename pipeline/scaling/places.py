@@ -82,14 +82,6 @@ def first_free(numbers: Collection[int]) -> int:
     return next(number for number in range(len(numbers) + 1) if number not in numbers)
 
 
-def gpus_for(count: int, gpus: Sequence[str], taken: Collection[str]) -> tuple[str, ...] | None:
-    """The next free GPUs for a worker that needs so many; None while there are not enough. Without a list nothing is dealt out."""
-    if not gpus or count == 0:
-        return ()
-    free = [gpu for gpu in gpus if gpu not in taken]
-    return tuple(free[:count]) if len(free) >= count else None
-
-
 def environment_of(gpus: Sequence[str], mine: Sequence[str]) -> dict[str, str]:
     """What a worker's process is told of GPUs: its own and no others, where there is a list of them."""
     return {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if gpus else {}

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli.children import LogFiles
-from pipeline.cli.supervisor import Gpus, PoolSupervisor
+from pipeline.cli.gpus import Gpus
+from pipeline.cli.supervisor import PoolSupervisor
 from pipeline.cli.worker_processes import WorkerProcesses
 from pipeline.client import PoolClient
 from pipeline.config import AutoscaleSettings
@@ -161,7 +162,7 @@ async def supervised(system: System, folder: Path, report: Report, gpus: str = "
     )
     supervisor = PoolSupervisor(
         POOL, system.settings.autoscale, connection, processes, Gpus(gpus), say,
-        drain_s=system.settings.worker.drain_s, rule=levels,
+        drain_s=system.settings.worker.drain_s, lease_s=system.settings.worker.lease_s, rule=levels,
     )  # fmt: skip
     await supervisor.take()
     running = asyncio.create_task(supervisor.run())

@@ -96,6 +96,19 @@ async def test_a_lease_of_another_machine_is_its_own_and_its_workers_are_left_to
     assert await connection.command("EXISTS", KEYS.crew()) == 0
 
 
+async def test_workers_of_a_process_that_lives_stay_its_own(connection: Connection, other) -> None:
+    await connection.command("DEL", KEYS.scaler())  # it did not renew for long, but it lets its workers go all the same
+    lease = ScalerLease(connection, POOL)
+    await lease.take()
+    assert await lease.orphans() == {}
+    other.kill()
+    async with asyncio.timeout(5):
+        while True:
+            if await lease.orphans() == {"decode-0-abc": "decode"}:
+                break
+            await asyncio.sleep(0.01)
+
+
 async def test_a_lease_is_renewed_by_taking_it_and_given_up_by_its_holder_alone(connection: Connection, other) -> None:
     lease = ScalerLease(connection, POOL)
     await lease.give_up()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import secrets
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ import httpx
 import pytest
 
 from pipeline.events import listen
+from pipeline.keys import PoolKeys
 from pipeline.queue import STAGES
 from tests.e2e.test_up import LIMIT_S, Up, command, left_over, up
 from tests.system import POOL, System, collect, request
@@ -25,6 +27,9 @@ QUICK = (
     "autoscale.poll_s=0.2", "autoscale.up_after=1", "autoscale.down_after_s=1", "autoscale.cooldown_s=1",
     "autoscale.idle_s=1.5", "autoscale.start_s=2", "worker.lease_s=1", "log.level=info",
 )  # fmt: skip
+
+
+TWO_POOLS = ("pools.other.engine=mock", "pools.other.model=baton-tiny", "pools.other.tokenizer=none")
 
 
 @contextlib.asynccontextmanager
@@ -157,6 +162,70 @@ async def test_a_worker_that_dies_is_started_again_and_one_that_cannot_start_wai
 
 
 @pytest.mark.faults
+async def test_a_worker_that_hangs_is_killed_and_started_again(default_redis_url: str, tmp_path: Path) -> None:
+    async with running(default_redis_url, tmp_path, "autoscale.decode.min_workers=1") as system:
+        async with autoscale(system) as one:
+            await one.says("decode-0 serves")
+            one.child("-m workers decode").send_signal(signal.SIGSTOP)
+            await one.says(r"decode-0 was not heard of for \d s: killed")
+            await one.says(r"was ended by SIGKILL[\s\S]*decode-0 serves")
+            assert await leaves(one) == 0
+
+
+@pytest.mark.faults
+async def test_a_worker_that_never_serves_is_killed_and_started_again(default_redis_url: str, tmp_path: Path) -> None:
+    settings = ("autoscale.decode.min_workers=1", "autoscale.start_limit_s=0.05")  # no worker starts in so little
+    async with running(default_redis_url, tmp_path, *settings) as system, autoscale(system) as one:
+        await one.says(r"decode-0 does not serve after \d s: killed[\s\S]*killed")
+        assert await leaves(one) == 0
+
+
+async def test_a_gpu_that_another_supervisor_has_is_waited_for(default_redis_url: str, tmp_path: Path) -> None:
+    device = f"none-{secrets.token_hex(4)}"
+    bounds = ("autoscale.decode.min_workers=1", "autoscale.prefill.max_workers=0", f"autoscale.devices={device}")
+    async with running(default_redis_url, tmp_path, *TWO_POOLS, *bounds) as system:
+        async with autoscale(system, "--pool", POOL) as first:
+            await first.says("decode-0 serves")
+            (child,) = [one for one in first.family if "decode" in " ".join(one.cmdline())]
+            assert child.environ()["CUDA_VISIBLE_DEVICES"] == device
+            async with autoscale(system, "--pool", "other") as second:
+                await second.says("other.decode waits for a GPU")
+                assert await leaves(first) == 0
+                await second.says("other.decode-0 serves")
+                assert await leaves(second) == 0
+
+
+async def test_of_two_pools_the_free_one_is_left_where_the_other_is_taken(
+    default_redis_url: str, tmp_path: Path
+) -> None:
+    async with running(default_redis_url, tmp_path, *TWO_POOLS) as system:
+        async with autoscale(system, "--pool", POOL) as first:
+            await first.says("scales baton-tiny;")
+            async with autoscale(system, "--pool", "other", "--pool", "other", "--pool", POOL) as second:
+                assert await second.ended() == 3
+            assert f"pool {POOL} is scaled by process {first.process.pid}" in second.output
+            assert await system.connection.command("EXISTS", PoolKeys("other").scaler()) == 0
+            assert await leaves(first) == 0
+
+
+@pytest.mark.faults
+async def test_the_pool_is_kept_while_workers_leave(default_redis_url: str, tmp_path: Path) -> None:
+    async with running(default_redis_url, tmp_path, "engine.mock.decode_base_ms=50") as system:
+        async with autoscale(system) as one, system.client() as client:
+            await one.says("scales baton-tiny")
+            stream = await client.submit(request(40, max_tokens=200))
+            await system.until(lambda: system.logged(stream.id, 5))
+            one.process.send_signal(signal.SIGTERM)
+            await one.says("workers finish what they hold")
+            await system.connection.command("PEXPIRE", system.keys.scaler(), 3000)
+            await asyncio.sleep(4)
+            assert await system.connection.command("EXISTS", system.keys.scaler()) == 1
+            assert (await collect(stream))[1].state == "done"
+            assert await one.ended() == 0
+        assert await system.connection.command("EXISTS", system.keys.scaler()) == 0
+
+
+@pytest.mark.faults
 async def test_a_burst_is_met_with_more_workers_and_loses_nothing(default_redis_url: str, tmp_path: Path) -> None:
     """0 to 6 to 0."""
     bounds = [f"autoscale.{stage}.max_workers=3" for stage in STAGES]
@@ -167,7 +236,8 @@ async def test_a_burst_is_met_with_more_workers_and_loses_nothing(default_redis_
 
             async def ask(number: int) -> str:
                 await asyncio.sleep(0.1 * number)
-                return (await collect(await client.submit(request(200, max_tokens=60))))[1].state
+                prompt = [3 + number, *range(3, 202)]  # none is in a prefix cache
+                return (await collect(await client.submit(request(prompt, max_tokens=60))))[1].state
 
             # When 100 requests come within ten seconds
             most = 0

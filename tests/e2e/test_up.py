@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -214,7 +215,6 @@ async def test_what_dies_is_started_again_and_said_so(settings):
     async with up("--no-sample", *settings) as running:
         await running.says("serving; Ctrl-C")
         url = (await running.says(r"http://127\.0\.0\.1:\d+"))[0]
-        prompt = {"model": "baton-tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
 
         # When a batch worker, a decode worker, the API and Redis are killed, one after the other
         running.child("-m workers batch").kill()
@@ -227,13 +227,37 @@ async def test_what_dies_is_started_again_and_said_so(settings):
         await running.says(r"Redis was ended by SIGKILL: starting it again in 0\.5 s; requests wait")
 
         # Then requests are answered again
-        async with asyncio.timeout(LIMIT_S), httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as http:
-            while True:
-                with contextlib.suppress(httpx.TransportError):
-                    response = await http.post("/v1/chat/completions", json=prompt)
-                    if response.status_code == httpx.codes.OK:
-                        break
-        assert response.json()["usage"]["completion_tokens"] == 5
+        assert await answered(url) == 5
+        running.process.send_signal(signal.SIGTERM)
+        assert await running.ended() == 0
+
+
+async def answered(url: str) -> int:
+    """The tokens of an answer, once there is one again."""
+    prompt = {"model": "baton-tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
+    async with asyncio.timeout(LIMIT_S), httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as http:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                response = await http.post("/v1/chat/completions", json=prompt)
+                if response.status_code == httpx.codes.OK:
+                    return int(response.json()["usage"]["completion_tokens"])
+
+
+async def test_a_redis_that_cannot_be_started_again_at_once_is_tried_again(settings, short_dir):
+    async with up("--no-sample", *settings) as running:
+        await running.says("serving; Ctrl-C")
+        url = (await running.says(r"http://127\.0\.0\.1:\d+"))[0]
+        with (short_dir / "run" / "lock").open() as lock:
+            # Given that somebody else has the folder as soon as Redis has ended
+            taking = asyncio.create_task(asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX))
+            running.child("redis-server").kill()
+            await taking
+            await running.says(
+                r"Redis cannot be started \([^\n]* is in use by [^\n]*\): trying again in 1 s; requests wait"
+            )
+
+        # Then it is started when the folder is free
+        assert await answered(url) == 5
         running.process.send_signal(signal.SIGTERM)
         assert await running.ended() == 0
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
-from pipeline.cli.supervisor import Gpus, work_told
+from pipeline.cli.gpus import Gpus
+from pipeline.cli.supervisor import work_told
 from pipeline.config import AutoscaleSettings, StageScaling
 from pipeline.scaling.places import (
     Candidate,
@@ -56,12 +59,21 @@ def test_a_place_that_is_free_is_taken_again():
     assert [first_free(set()), first_free({0, 1}), first_free({0, 2})] == [0, 2, 1]
 
 
-def test_a_gpu_has_one_worker_until_that_has_ended():
-    gpus = Gpus("0, 1 GPU-7")
+def test_a_gpu_has_one_worker_until_that_has_ended(tmp_path: Path):
+    gpus = Gpus("0, 1 GPU-7", tmp_path)
     assert (gpus.take("a", 2), gpus.take("a", 2), gpus.take("b", 1)) == (("0", "1"), None, ("GPU-7",))
     assert (gpus.of_others("a"), gpus.of_others("b"), gpus.take("b", 1)) == (1, 2, None)
     gpus.give_back(("0",))
     assert gpus.take("b", 1) == ("0",)
+
+
+def test_who_else_deals_out_a_gpu_is_kept_off_as_long_as_it_is_taken(tmp_path: Path):
+    gpus, others = Gpus("0 1 MIG/7", tmp_path), Gpus("1 MIG/7 2", tmp_path)
+    assert (gpus.take("a", 2), others.take("a", 3)) == (("0", "1"), None)
+    assert others.take("a", 2) == ("MIG/7", "2")  # what was locked in vain is free
+    assert gpus.take("a", 1) is None
+    gpus.give_back(("1",))
+    assert others.take("a", 1) == ("1",)
 
 
 def test_without_a_list_of_gpus_workers_find_theirs_themselves():

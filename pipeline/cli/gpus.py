@@ -1,0 +1,63 @@
+"""The GPUs of this machine that `baton autoscale` deals out, each to one worker at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class Gpus:
+    """Which pool has which. Shared by the supervisors of all pools of this process; another process that deals out the same ones, for
+    another Redis perhaps, is kept off by a lock on a file each, which the kernel frees when its holder ends."""
+
+    def __init__(self, names: str, locks: Path | None = None) -> None:
+        self.names = names.replace(",", " ").split()
+        self._locks = locks or Path(tempfile.gettempdir())
+        self._taken: dict[str, tuple[str, int]] = {}  # the pool that has it, and the file that is locked for it
+
+    def take(self, pool: str, count: int) -> tuple[str, ...] | None:
+        """So many that are free; None while there are not as many. Without a list nothing is dealt out."""
+        if not self.names or not count:
+            return ()
+        found = []
+        for gpu in self.names:
+            if gpu not in self._taken and (file := self._lock(gpu)) is not None:
+                self._taken[gpu] = (pool, file)
+                found.append(gpu)
+                if len(found) == count:
+                    return tuple(found)
+        self.give_back(found)
+        return None
+
+    def give_back(self, gpus: Iterable[str]) -> None:
+        """Their worker has ended."""
+        for gpu in gpus:
+            _, file = self._taken.pop(gpu)
+            os.close(file)
+
+    def of_others(self, pool: str) -> int:
+        """How many other pools have."""
+        return sum(owner != pool for owner, _ in self._taken.values())
+
+    def _lock(self, gpu: str) -> int | None:
+        """None where somebody else has it, or it cannot be known."""
+        path = self._locks / f"baton-gpu-{gpu.replace('/', '_')}.lock"
+        file = None
+        try:
+            file = _opened(path)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if file is not None:
+                os.close(file)
+            return None
+        return file
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    except PermissionError:  # another user's: it may be locked, though not made
+        return os.open(path, os.O_RDONLY)
