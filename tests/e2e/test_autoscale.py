@@ -180,7 +180,10 @@ async def test_a_worker_that_never_serves_is_killed_and_started_again(default_re
         assert await leaves(one) == 0
 
 
-async def test_a_gpu_that_another_supervisor_has_is_waited_for(default_redis_url: str, tmp_path: Path) -> None:
+async def test_a_gpu_that_another_supervisor_has_is_waited_for(
+    default_redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where it is locked
     device = f"none-{secrets.token_hex(4)}"
     bounds = ("autoscale.decode.min_workers=1", "autoscale.prefill.max_workers=0", f"autoscale.devices={device}")
     async with running(default_redis_url, tmp_path, *TWO_POOLS, *bounds) as system:
