@@ -96,7 +96,7 @@ async def serve(settings: Settings) -> None:
             for pool in settings.pools
         }
         watch, files = RedisWatch(connection), FileStore(settings.files, connection)
-        scaling = {pool: PoolWatch(connection, pool, settings.autoscale) for pool in pools}
+        scaling = {pool: PoolWatch(connection, pool, settings.autoscale, defers=True) for pool in pools}
         for work, task_name in (
             (watch.run(), "redis health"), (keys.run(), "api keys"), (files.run(), "files"),
             *((one.run(), f"scaling of {pool}") for pool, one in scaling.items()),

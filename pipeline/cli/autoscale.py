@@ -90,17 +90,15 @@ class Autoscale:
         async with self._connected() as connection:
             scaling = asyncio.ensure_future(self._scale(connection))
             on_stop(self._on_signal, scaling)
-            failed: BatonError | None = None
             try:
                 await scaling
             except asyncio.CancelledError:
                 pass  # by a signal
             except BatonError as error:
                 self._say(str(error))
-                failed = error
-            await self._drain()
-        if failed is not None:
-            return exit_for(failed)
+                return exit_for(error)
+            finally:
+                await self._drain()
         self._say("stopped")
         return Exit.OK if self._signals <= 1 else Exit.INTERRUPTED
 
@@ -129,7 +127,7 @@ class Autoscale:
 
     def _on_signal(self, scaling: asyncio.Future[None]) -> None:
         self._signals += 1
-        if not scaling.done():
+        if self._signals == 1:
             scaling.cancel()
             return
         self._say("killing all workers")
@@ -181,4 +179,6 @@ async def run_all(supervisors: Sequence[PoolSupervisor]) -> None:
 
 async def drain_all(supervisors: Sequence[PoolSupervisor]) -> None:
     """All their workers go, pool by pool at once, each in order."""
-    await asyncio.gather(*(supervisor.drain() for supervisor in supervisors))
+    for failed in await asyncio.gather(*(supervisor.drain() for supervisor in supervisors), return_exceptions=True):
+        if failed is not None:
+            raise failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import tempfile
@@ -15,7 +16,7 @@ class Gpus:
 
     def __init__(self, names: str, locks: Path | None = None) -> None:
         self.names = names.replace(",", " ").split()
-        self._locks = locks or Path(tempfile.gettempdir())
+        self._locks = locks
         self._taken: dict[str, tuple[str, int]] = {}  # the pool that has it, and the file that is locked for it
 
     def take(self, pool: str, count: int) -> tuple[str, ...] | None:
@@ -24,7 +25,7 @@ class Gpus:
             return ()
         found = []
         for gpu in self.names:
-            if gpu not in self._taken and (file := self._lock(gpu)) is not None:
+            if gpu not in self._taken and (file := self._lock(gpu, fcntl.LOCK_EX)) is not None:
                 self._taken[gpu] = (pool, file)
                 found.append(gpu)
                 if len(found) == count:
@@ -39,16 +40,23 @@ class Gpus:
             os.close(file)
 
     def of_others(self, pool: str) -> int:
-        """How many other pools have."""
-        return sum(owner != pool for owner, _ in self._taken.values())
+        """How many other pools have, here or in another process."""
+        elsewhere = 0
+        for gpu in self.names:
+            if gpu not in self._taken:
+                file = self._lock(gpu, fcntl.LOCK_SH)  # shared: who only looks keeps off nobody who looks
+                elsewhere += file is None
+                if file is not None:
+                    os.close(file)
+        return elsewhere + sum(owner != pool for owner, _ in self._taken.values())
 
-    def _lock(self, gpu: str) -> int | None:
+    def _lock(self, gpu: str, how: int) -> int | None:
         """None where somebody else has it, or it cannot be known."""
-        path = self._locks / f"baton-gpu-{gpu.replace('/', '_')}.lock"
         file = None
         try:
-            file = _opened(path)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder = self._locks or Path(tempfile.gettempdir())
+            file = _opened(folder / f"baton-gpu-{gpu.replace('/', '_')}.lock")
+            fcntl.flock(file, how | fcntl.LOCK_NB)
         except OSError:
             if file is not None:
                 os.close(file)
@@ -58,6 +66,9 @@ class Gpus:
 
 def _opened(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
     except PermissionError:  # another user's: it may be locked, though not made
         return os.open(path, os.O_RDONLY)
+    with contextlib.suppress(PermissionError):
+        os.fchmod(file, 0o644)  # whatever the umask: other users lock it, too
+    return file

@@ -50,9 +50,8 @@ from pipeline.waiting import until_first, wait_at_most
 Rule = Callable[[PoolSignals, AutoscaleSettings, Memory, int], Decision]
 
 LEAST_PAUSE_S = 0.05  # between two looks, however often the bell rings
-UNSEEN_LEASES = (
-    4  # as long as so many leases a worker of ours may be missing from Redis before it is taken for one that hangs
-)
+UNSEEN_LEASES = 4  # so long a worker of ours may be missing from Redis before it is taken for one that hangs
+GAP_LOOKS = 3  # that were missed: then nothing is known of the time between
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,7 +63,7 @@ class Member:
     restarts: Restarts
     phase: Phase = Phase.STARTING
     began_s: float = 0.0
-    seen_s: float = 0.0  # when Redis listed it last, or did not answer
+    seen_s: float = 0.0  # when it was started, or Redis listed it last, or did not answer
     has_served: bool = False
     again_s: float = 0.0  # when a broken one is started again
     life: asyncio.Task[None] | None = None
@@ -98,6 +97,8 @@ class PoolSupervisor:
         self._members: dict[str, dict[int, Member]] = {stage: {} for stage in STAGES}
         self._restarts: dict[tuple[str, int], Restarts] = {}
         self._start_s: dict[str, float] = {}
+        self._keeping: asyncio.Task[None] | None = None
+        self._looked_s = time.monotonic()
         self._rung = asyncio.Event()
         self._asleep: set[str] = set()  # stages that nobody serves, and nobody is to
         self._lacking: set[str] = set()  # stages that wait for a GPU
@@ -106,6 +107,7 @@ class PoolSupervisor:
     async def take(self) -> None:
         """Become the one who scales the pool; what workers of one that was killed held waits again. Raises PoolTaken."""
         await self._lease.take()
+        self._keeping = asyncio.create_task(self._keep_lease())
         orphans = await self._lease.orphans()
         for name, stage in orphans.items():
             await self._processes.give_back(self.pool, stage, name)
@@ -114,7 +116,7 @@ class PoolSupervisor:
     async def run(self) -> None:
         """Look until cancelled. Raises PoolTaken when another one has the pool."""
         bells = await self._connection.subscribe(self._keys.bell("pool"))
-        works = (self._keep_lease(), self._hear(bells), self._look_on(bells))
+        works = (self._kept(), self._hear(bells), self._look_on(bells))
         try:
             await until_first([asyncio.create_task(work) for work in works])
         finally:
@@ -122,7 +124,6 @@ class PoolSupervisor:
 
     async def drain(self) -> None:
         """Let all workers go in order: prefill while decode can still fetch its blocks, then decode. Then others may have the pool."""
-        keeping = asyncio.create_task(self._keep_lease())
         for stage in STAGES:
             members = list(self._members[stage].values())
             for member in members:
@@ -131,8 +132,9 @@ class PoolSupervisor:
             for failed in await asyncio.gather(*ends, return_exceptions=True):
                 if failed is not None:
                     self._say(f"{self._prefix}{stage}: while its workers left: {failed!r}")
-        keeping.cancel()
-        await asyncio.wait([keeping])
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
         with contextlib.suppress(BatonError):
             await self._lease.give_up()
 
@@ -146,6 +148,11 @@ class PoolSupervisor:
         return {stage: self._phases(stage) for stage in STAGES}
 
     # -- when -------------------------------------------------------------------------------------------------------------
+
+    async def _kept(self) -> None:
+        """Raises PoolTaken when the pool is ours no more. That it stays ours does not end with this: all workers must have gone first."""
+        assert self._keeping is not None
+        await asyncio.shield(self._keeping)
 
     async def _keep_lease(self) -> None:
         while True:
@@ -184,8 +191,9 @@ class PoolSupervisor:
 
     async def _look(self) -> None:
         reading = await read(self._connection, self._keys)
+        self._note_gap()
         others = self._take_note(reading)
-        policy = within_gpus(self._policy, self._gpus.names, self._gpus.of_others(self.pool), others)
+        policy = within_gpus(self._policy, self._gpus.names, self._gpus_of_others(), others)
         fleet, itl_s = self._fleet(), policy.itl_ms / 1000
         signals, self._known = signals_of(reading, self._known, fleet, itl_s=itl_s)
         decision = self._rule(signals, policy, self._memory, reading.time_ms)
@@ -200,9 +208,35 @@ class PoolSupervisor:
             step = next_step(decision.stage(stage).desired, self._phases(stage), others[stage])
             await self._increase(stage, step.start)
             self._end_those_that_hang(stage)
-        self._asleep = {
-            stage for stage in STAGES if not (self._members[stage] or others[stage] or decision.stage(stage).desired)
-        }
+        self._note_rest(decision, policy, others)
+
+    def _gpus_of_others(self) -> int:
+        count = self._gpus.of_others(self.pool)
+        if count and count == len(self._gpus.names):
+            self._say_once("GPUs", f"{self.pool}: others have all GPUs, it waits for one")
+        else:
+            self._said.pop("GPUs", None)
+        return count
+
+    def _note_gap(self) -> None:
+        """A machine that was frozen, its workers with it, is no reason to end them."""
+        if time.monotonic() - self._looked_s > max(GAP_LOOKS * self._policy.poll_s, self._unseen_s / UNSEEN_LEASES):
+            self._see_all()
+        self._looked_s = time.monotonic()
+
+    def _note_rest(self, decision: Decision, policy: AutoscaleSettings, others: Mapping[str, int]) -> None:
+        """Which stages nobody serves, or is to, and whether as many serve as there have to be, as far as there are GPUs."""
+        desired = {stage: decision.stage(stage).desired or 0 for stage in STAGES}
+        self._asleep = {stage for stage in STAGES if not (self._members[stage] or others[stage] or desired[stage])}
+        if all(
+            self._is_served(stage, min(policy.stage(stage).min_workers, desired[stage]), others) for stage in STAGES
+        ):
+            self.is_ready.set()
+
+    def _is_served(self, stage: str, least: int, others: Mapping[str, int]) -> bool:
+        phases = self._phases(stage)
+        lacks = stage in self._lacking and Phase.STARTING not in phases
+        return lacks or others[stage] + phases.count(Phase.WORKING) >= least
 
     def _take_note(self, reading: Reading) -> dict[str, int]:
         """Which of ours have started, and how many others there are. Those of others that claim nothing are no capacity; ours keep their
@@ -217,9 +251,6 @@ class PoolSupervisor:
                 if member.phase is Phase.STARTING:
                     self._has_started(stage, member)
             others[stage] = sum(said.claims for said in listed.values())
-        working = {stage: others[stage] + self._phases(stage).count(Phase.WORKING) for stage in STAGES}
-        if all(working[stage] >= self._policy.stage(stage).min_workers or stage in self._lacking for stage in STAGES):
-            self.is_ready.set()
         return others
 
     def _has_started(self, stage: str, member: Member) -> None:
@@ -288,6 +319,8 @@ class PoolSupervisor:
     # -- more -------------------------------------------------------------------------------------------------------------
 
     async def _increase(self, stage: str, count: int) -> None:
+        if not count:
+            self._lacking.discard(stage)
         for _ in range(count):
             gpus = self._gpus.take(self.pool, self._policy.stage(stage).gpus)
             if gpus is None:
@@ -309,7 +342,8 @@ class PoolSupervisor:
                 await self._start(member)
 
     async def _start(self, member: Member) -> None:
-        member.phase, member.began_s, member.has_served = Phase.STARTING, time.monotonic(), False
+        member.began_s = member.seen_s = time.monotonic()
+        member.phase, member.has_served = Phase.STARTING, False
         try:
             await member.worker.child.start()
         except OSError as error:  # no memory, too many processes
@@ -329,11 +363,11 @@ class PoolSupervisor:
         """Ours that never begin to serve, or no longer say that they live: they are killed, and so are started again."""
         now_s = time.monotonic()
         for member in self._members[stage].values():
-            waited_s, missing_s = now_s - member.began_s, now_s - member.seen_s
-            if member.phase is Phase.STARTING and waited_s > self._policy.start_limit_s:
-                self._say(f"{member.worker.place.label} does not serve after {waited_s:.0f} s: killed")
+            label, missing_s = member.worker.place.label, now_s - member.seen_s
+            if member.phase is Phase.STARTING and missing_s > self._policy.start_limit_s:
+                self._say(f"{label} does not serve after {now_s - member.began_s:.0f} s: killed")
             elif member.phase is Phase.WORKING and missing_s > self._unseen_s:
-                self._say(f"{member.worker.place.label} was not heard of for {missing_s:.0f} s: killed")
+                self._say(f"{label} was not heard of for {missing_s:.0f} s: killed")
             else:
                 continue
             member.phase = Phase.BROKEN  # when it is started again is known when it has ended

@@ -318,14 +318,16 @@ class Up:
             delay_s = restarts.delay_s(time.monotonic() - started_s)
             self._say(f"Redis {ending(server.process.returncode)}: starting it again in {delay_s:g} s; requests wait")
             await asyncio.sleep(delay_s)
-            server = self._redis = await self._redis_again(server.program, restarts)
+            server = await self._redis_again(server.program, restarts)
 
     async def _redis_again(self, program: ServerProgram, restarts: Restarts) -> RedisServer:
         """One that answers, or has just ended once more."""
         settings = self._settings.redis
         while True:
             try:
-                server = RedisServer.start(Path(settings.run_dir), program=program, appendfsync=settings.appendfsync)
+                self._redis = server = RedisServer.start(
+                    Path(settings.run_dir), program=program, appendfsync=settings.appendfsync
+                )
             except (RedisServerError, OSError) as error:
                 delay_s = restarts.delay_s(0)
                 self._say(f"Redis cannot be started ({error}): trying again in {delay_s:g} s; requests wait")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from pipeline.queue import LANES, STAGES
 from pipeline.said import SaidOfWork, WorkerSaid
@@ -12,17 +13,21 @@ from pipeline.scaling.reading import Reading, StageReading
 from pipeline.scaling.signals import UNPROMISED, LaneSignals, PoolSignals, Speeds, StageSignals
 
 SLOWLY = 0.2  # of what is new, a look at workers that worked since the last one
+LOOKS = (
+    5  # whose step times the time between two tokens is the median of: a step that compiles something is none of them
+)
 ANSWERS = 50  # answers, of whose lengths the moving average is one
 MOST_OF_BLOCKS = 0.85  # of a worker's blocks: what is above preempts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Known:
-    """What is kept from look to look. `last`: the reading before; `fitting`: sequences that a worker runs while the promise holds, where
-    more were seen to break it."""
+    """What is kept from look to look. `last`: the reading before; `steps_s`: what a step of decode took, by the last looks that saw any;
+    `fitting`: sequences that a worker runs while the promise holds, where more were seen to break it."""
 
     last: Reading | None = None
     speeds: Speeds = dataclasses.field(default_factory=Speeds)
+    steps_s: tuple[float, ...] = ()
     fitting: float | None = None
 
 
@@ -41,7 +46,7 @@ def signals_of(now: Reading, known: Known, fleet: Fleet, *, itl_s: float) -> tup
 
     The first reading has no rates, so nothing is decided by it; nor has one whose counters are smaller than before: Redis lost some.
     """
-    speeds, fitting = _speeds(now, known, itl_s)
+    speeds, kept = _learnt(now, known, itl_s)
     seconds = _seconds(now, known.last)
     stages = {stage: _stage(stage, now, known.last, seconds, fleet) for stage in STAGES}
     waits = _waits(now, stages, speeds)
@@ -54,7 +59,7 @@ def signals_of(now: Reading, known: Known, fleet: Fleet, *, itl_s: float) -> tup
         local_prompt_tokens=0 if has_prefill else sum(_claimable("tokens", now, "decode", lane) for lane in promised),
         prefill=stages["prefill"], decode=stages["decode"], speeds=speeds,
     )  # fmt: skip
-    return signals, Known(now, speeds, fitting)
+    return signals, kept
 
 
 def _seconds(now: Reading, last: Reading | None) -> float:
@@ -117,15 +122,22 @@ def _waits(now: Reading, stages: Mapping[str, StageSignals], speeds: Speeds) -> 
 # -- speeds -----------------------------------------------------------------------------------------------------------
 
 
-def _speeds(now: Reading, known: Known, itl_s: float) -> tuple[Speeds, float | None]:
-    """Moving averages, and what they say of `fitting`; what nobody measures now stays as it was."""
+def _learnt(now: Reading, known: Known, itl_s: float) -> tuple[Speeds, Known]:
+    """Moving averages and medians, and what is kept of them; what nobody measures now stays as it was."""
     before, last = known.speeds, known.last or Reading()
     prefill, decode = now.stages["prefill"], now.stages["decode"]
-    busy = [said for said, old in _pairs(decode, last.stages.get("decode")) if said.running and said.steps > old.steps]
-    running = sum(said.running for said in busy)
-    inter_token_s = _average(before.inter_token_s, _mean(said.step_ms / 1000 for said in busy))
-    blocks = _average(before.blocks_per_sequence, _ratio(sum(said.blocks_used for said in busy), running))
-    most, fitting = _most_sequences(decode, blocks), _fitting(known.fitting, busy, inter_token_s, itl_s)
+    busy = [
+        (said, old)
+        for said, old in _pairs(decode, last.stages.get("decode"))
+        if said.running and said.steps > old.steps
+    ]
+    running = sum(said.running for said, _ in busy)
+    step_s = _mean(took_s for said, old in busy if (took_s := _step_s(said, old)))
+    steps_s = known.steps_s if step_s is None else (*known.steps_s[1 - LOOKS :], step_s)
+    inter_token_s = statistics.median(steps_s) if steps_s else None
+    blocks = _average(before.blocks_per_sequence, _ratio(sum(said.blocks_used for said, _ in busy), running))
+    most = _most_sequences(decode, blocks)
+    fitting = _fitting(known.fitting, _ratio(running, len(busy)), step_s, inter_token_s, itl_s)
     speeds = Speeds(
         prompt_token_s=_average(before.prompt_token_s, _token_s(prefill, last.stages.get("prefill"))),
         inter_token_s=inter_token_s,
@@ -133,7 +145,14 @@ def _speeds(now: Reading, known: Known, itl_s: float) -> tuple[Speeds, float | N
         blocks_per_sequence=blocks,
         sequences_per_worker=before.sequences_per_worker if most is None else max(1.0, min(most, fitting or most)),
     )  # fmt: skip
-    return speeds, fitting
+    return speeds, Known(now, speeds, steps_s, fitting)
+
+
+def _step_s(said: SaidOfWork, old: SaidOfWork) -> float | None:
+    """What a step took since the reading before. The first ones of a worker are no measure: they compile and warm up."""
+    if not old.steps:
+        return None
+    return (said.busy_s - old.busy_s) / (said.steps - old.steps)
 
 
 def _pairs(now: StageReading, before: StageReading | None) -> Iterator[tuple[SaidOfWork, SaidOfWork]]:
@@ -173,12 +192,11 @@ def _most_sequences(decode: StageReading, blocks: float | None) -> float | None:
 
 
 def _fitting(
-    before: float | None, busy: Sequence[SaidOfWork], inter_token_s: float | None, itl_s: float
-) -> float | None:
-    """Sequences that keep the promise, once more were seen to break it for a while (`inter_token_s`). A step takes a + b x running, so what
-    runs now tells how many may: where it is too slow, fewer; where it is quick enough, running x promise / step at least. While nobody is
-    busy nothing is learnt."""
-    running, step_s = _mean(said.running for said in busy), _mean(said.step_ms / 1000 for said in busy)
+    before: float | None, running: float | None, step_s: float | None, inter_token_s: float | None, itl_s: float
+) -> float | None:  # fmt: skip
+    """Sequences that keep the promise, once more were seen to break it for some looks (`inter_token_s`). A step takes a + b x running, so
+    what runs on a worker now tells how many may: where it is too slow, fewer; where it is quick enough, running x promise / step at least.
+    While nobody is busy nothing is learnt."""
     if not running or not step_s:
         return before
     measured = running * itl_s / step_s

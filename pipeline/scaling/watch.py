@@ -1,13 +1,9 @@
-"""A pool as it is looked at again and again, by who decides and starts nothing: the API, for Prometheus and KEDA, and `--explain`.
-
-Where a supervisor scales the pool its decisions are told, not ours: it knows which workers start.
-"""
+"""A pool as it is looked at again and again, by who decides and starts nothing: the API, for Prometheus and KEDA, and `--dry-run`."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping
 
 import structlog
 
@@ -19,7 +15,7 @@ from pipeline.queue import STAGES
 from pipeline.scaling.measured import Fleet, Known, signals_of
 from pipeline.scaling.memory import Memory
 from pipeline.scaling.policy import Decision, StageDecision, decide
-from pipeline.scaling.reading import read
+from pipeline.scaling.reading import Reading, read
 from pipeline.scaling.signals import PoolSignals
 from pipeline.waiting import wait_at_most
 
@@ -37,15 +33,17 @@ class Look:
 
 
 class PoolWatch:
-    """One pool. Workers that others are starting are not known here, so what is under way is left to them."""
+    """One pool. Workers that others are starting are not known here, so what is under way is left to them: where a supervisor scales the
+    pool and this watch `defers`, its decisions are told and not ours."""
 
-    def __init__(self, connection: Connection, pool: str, policy: AutoscaleSettings) -> None:
+    def __init__(self, connection: Connection, pool: str, policy: AutoscaleSettings, *, defers: bool = False) -> None:
         self.pool = pool
         self.last: Look | None = None  # rates lie between two readings: before the second one nothing is decided
         self._seen = asyncio.Event()
         self._connection = connection
         self._keys = PoolKeys(pool)
         self._policy = policy
+        self._defers = defers
         self._known, self._memory = Known(), Memory()
 
     async def look(self) -> Look | None:
@@ -55,7 +53,8 @@ class PoolWatch:
         signals, self._known = signals_of(reading, self._known, Fleet(), itl_s=self._policy.itl_ms / 1000)
         decision = decide(signals, self._policy, self._memory, reading.time_ms)
         self._memory = decision.memory
-        self.last = None if is_first else Look(signals, _as_decided(decision, reading.decided))
+        told = _as_decided(decision, reading, self._policy.stale_s) if self._defers else decision
+        self.last = None if is_first else Look(signals, told)
         if self.last is not None:
             self._seen.set()
         return self.last
@@ -77,13 +76,13 @@ class PoolWatch:
             await asyncio.sleep(self._policy.poll_s)
 
 
-def _as_decided(mine: Decision, decided: Mapping[str, str]) -> Decision:
-    prefill, decode = (_stage(stage, mine.stage(stage), decided) for stage in STAGES)
+def _as_decided(mine: Decision, reading: Reading, stale_s: float) -> Decision:
+    prefill, decode = (_stage(stage, mine.stage(stage), reading, stale_s) for stage in STAGES)
     return Decision(prefill, decode, mine.memory)
 
 
-def _stage(stage: str, mine: StageDecision, decided: Mapping[str, str]) -> StageDecision:
-    desired = decided.get(f"desired:{stage}", "")
-    if not desired.isdecimal():
-        return mine
-    return StageDecision(mine.before, int(desired), decided.get(f"why:{stage}", ""))
+def _stage(stage: str, mine: StageDecision, reading: Reading, stale_s: float) -> StageDecision:
+    desired, at_ms = (reading.decided.get(f"{name}:{stage}", "") for name in ("desired", "at"))
+    if not (desired.isdecimal() and at_ms.isdecimal()) or reading.time_ms - int(at_ms) > stale_s * 1000:
+        return mine  # nobody scales it, or who does has not decided yet: what stands there is of one before
+    return StageDecision(int(desired), int(desired), reading.decided.get(f"why:{stage}", ""))

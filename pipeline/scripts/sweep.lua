@@ -149,19 +149,31 @@ for _, l in ipairs(lanes) do
   end
 end
 
--- Where nothing runs, nothing is counted as running, and where nothing is delayed, nothing as admitted for later: what a process of the
--- version before left uncounted ends here.
-local function count_none(field)
-  if (redis.call('HGET', key_counters(), field) or '0') ~= '0' then redis.call('HSET', key_counters(), field, 0) end
+-- What a process of the version before did not count is put right here: where nothing runs, nothing is counted as running, and those
+-- that were admitted for later are counted anew, as long as they are few.
+local function set_count(field, value)
+  if tonumber(redis.call('HGET', key_counters(), field) or 0) ~= value then redis.call('HSET', key_counters(), field, value) end
 end
-local is_none_delayed = redis.call('EXISTS', key_delayed()) == 0
-for _, stage in ipairs(may_reclaim and stages or {}) do
-  for _, lane in ipairs({'high', 'default', 'low'}) do
-    if not runs[stage] then count_none('running:' .. stage .. ':' .. lane) end
-    if is_none_delayed then
-      count_none('later:' .. stage .. ':' .. lane)
-      count_none('later_tokens:' .. stage .. ':' .. lane)
+
+local function count_delayed()
+  local found = {}
+  for _, id in ipairs(redis.call('ZRANGE', key_delayed(), 0, -1)) do
+    local h = redis.call('HMGET', key_req(id), 'state', 'stage', 'lane', 'entry', 'tokens')
+    if h[1] == 'queued' and h[4] == '' then
+      local place = h[2] .. ':' .. h[3]
+      found['later:' .. place] = (found['later:' .. place] or 0) + 1
+      found['later_tokens:' .. place] = (found['later_tokens:' .. place] or 0) + tonumber(h[5])
     end
+  end
+  return found
+end
+
+local later = redis.call('ZCARD', key_delayed()) <= LIMIT and count_delayed() or nil
+for _, stage in ipairs(stages) do
+  for _, lane in ipairs({'high', 'default', 'low'}) do
+    local place = stage .. ':' .. lane
+    if may_reclaim and not runs[stage] then set_count('running:' .. place, 0) end
+    for _, name in ipairs(later and {'later:', 'later_tokens:'} or {}) do set_count(name .. place, later[name .. place] or 0) end
   end
 end
 

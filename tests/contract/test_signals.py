@@ -102,12 +102,18 @@ async def test_what_was_admitted_for_later_waits_apart_and_arrives_when_its_time
     assert delivery is not None and delivery.id == soon
 
 
-async def test_what_a_version_before_left_uncounted_of_later_requests_ends_where_none_is_left(pool: Pool) -> None:
-    await pool.connection.command(
-        "HSET", pool.keys.counters(), "later:prefill:default", -1, "later_tokens:prefill:default", -19
-    )
+@pytest.mark.parametrize("wrong", [-1, 7])
+async def test_what_a_version_before_did_not_count_of_later_requests_is_counted_by_the_next_sweep(
+    pool: Pool, wrong: int
+) -> None:
+    await pool.admit("prefill", blocks=3, delay_s=60)
+    await pool.retry(await pool.claimed("decode"), delay_s=60)
+    for name in ("later:prefill:default", "later_tokens:prefill:default", "later:decode:high"):
+        await pool.connection.command("HSET", pool.keys.counters(), name, wrong)
     await pool.sweep()
-    assert await pool.connection.command("HGET", pool.keys.counters(), "later:prefill:default") == b"0"
+    said = await reading(pool)
+    assert (said.count("later", "prefill", "default"), said.count("later_tokens", "prefill", "default")) == (1, 19)
+    assert (said.count("later", "decode", "high"), said.count("later", "decode", "default")) == (0, 0)
 
 
 async def test_arrivals_are_no_retries_and_no_handovers(pool: Pool) -> None:

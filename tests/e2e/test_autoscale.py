@@ -192,7 +192,7 @@ async def test_a_gpu_that_another_supervisor_has_is_waited_for(
             (child,) = [one for one in first.family if "decode" in " ".join(one.cmdline())]
             assert child.environ()["CUDA_VISIBLE_DEVICES"] == device
             async with autoscale(system, "--pool", "other") as second:
-                await second.says("other.decode waits for a GPU")
+                await second.says("other: others have all GPUs, it waits for one")
                 assert await leaves(first) == 0
                 await second.says("other.decode-0 serves")
                 assert await leaves(second) == 0
@@ -209,6 +209,27 @@ async def test_of_two_pools_the_free_one_is_left_where_the_other_is_taken(
             assert f"pool {POOL} is scaled by process {first.process.pid}" in second.output
             assert await system.connection.command("EXISTS", PoolKeys("other").scaler()) == 0
             assert await leaves(first) == 0
+
+
+@pytest.mark.faults
+async def test_a_pool_that_is_lost_lets_its_workers_go_in_order_whatever_signal_comes(
+    default_redis_url: str, tmp_path: Path
+) -> None:
+    async with running(default_redis_url, tmp_path, "engine.mock.decode_base_ms=50") as system:
+        async with autoscale(system) as one, system.client() as client:
+            await one.says("scales baton-tiny")
+            stream = await client.submit(request(40, max_tokens=100))
+            await system.until(lambda: system.logged(stream.id, 5))
+            far = '{"machine":"elsewhere","pid":1,"began":"7","host":"far"}'
+            await system.connection.command("SET", system.keys.scaler(), far)
+            await one.says("pool baton-tiny is scaled by process 1 on far")
+            await one.says("workers finish what they hold")
+            one.process.send_signal(signal.SIGTERM)  # of who stops it: it stops already
+            assert (await collect(stream))[1].state == "done"
+            assert await one.ended() == 3
+            assert "killing" not in one.output and "never retrieved" not in one.output
+        assert await system.connection.command("GET", system.keys.scaler()) == far.encode()
+        await system.connection.command("DEL", system.keys.scaler())
 
 
 @pytest.mark.faults

@@ -42,7 +42,7 @@ from pipeline.cli.children import Child, Terminal
 
 async def main():
     terminal = Terminal(["child"])
-    child = Child("child", lambda: ["/bin/sh", "-c", "for n in $(seq 2000); do echo $n; done"], os.environ, terminal)
+    child = Child("child", lambda: ["/bin/sh", "-c", "for n in $(seq 2000); do echo $n \\u2192; done"], os.environ, terminal)
     await child.start()
     code = await child.ended()
     for n in range(3):
@@ -56,14 +56,19 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("place", ["a pipe that nobody reads", "a full disk"])
+@pytest.mark.parametrize("place", ["a pipe that nobody reads", "a full disk", "a terminal of few letters"])
 def test_a_terminal_that_is_gone_ends_nothing(place: str) -> None:
     if place == "a full disk":
         out = os.open("/dev/full", os.O_WRONLY)
+    elif place == "a terminal of few letters":
+        out = os.open(os.devnull, os.O_WRONLY)
     else:
         reading, out = os.pipe()
         os.close(reading)
-    result = subprocess.run([sys.executable, "-c", TALKING], stdout=out, stderr=subprocess.PIPE, text=True, timeout=25)
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run(
+        [sys.executable, "-c", TALKING], stdout=out, stderr=subprocess.PIPE, text=True, timeout=25, env=environment
+    )
     os.close(out)
     assert result.stderr == "over 0\n"
 

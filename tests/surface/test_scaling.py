@@ -54,7 +54,11 @@ async def test_who_scales_the_pool_is_believed_as_long_as_it_does(
         lease = ScalerLease(served.system.connection, POOL)
         await lease.take()
         much = Decision(StageDecision(1, 1, "calm"), StageDecision(0, 5, "much to do"), Memory())
-        await lease.tell(much, 1000)
+        now_ms = int((await served.system.connection.command("TIME"))[0]) * 1000
+        await lease.tell(much, now_ms - 60_000)
+        await asyncio.sleep(1)  # some looks: what was decided long ago is of one before
+        assert (await told())[1] is False
+        await lease.tell(much, now_ms)
         await served.system.until(lambda: is_told(5, True), 10)
         assert f'baton_desired_workers{{pool="{POOL}",stage="decode"}} 5.0' in (await http.get("/metrics")).text
         await lease.give_up()

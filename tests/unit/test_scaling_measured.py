@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 
 from pipeline.said import SaidOfEngine, SaidOfWork, WorkerSaid
@@ -67,36 +66,65 @@ def test_a_prompt_token_costs_the_time_in_steps_whatever_lies_between_them():
     assert signals.speeds.prompt_token_s == pytest.approx(first_s + 0.2 * (second_s - first_s))
 
 
+class Decode:
+    """A pool of one decode worker, looked at each second. `looks`: how many sequences it runs, and the seconds that each step takes."""
+
+    def __init__(self) -> None:
+        self.known, self.time_ms, self.steps, self.busy_s = Known(), 0, 100, 5.0
+        self.look(reading(0, decode={"d": self._said(1, 0)}))
+
+    def _said(self, running: int, blocks_used: int) -> WorkerSaid:
+        return worker(running=running, steps=self.steps, busy_s=self.busy_s, blocks_used=blocks_used)
+
+    def look(self, now: Reading) -> PoolSignals:
+        signals, self.known = signals_of(now, self.known, Fleet(), itl_s=ITL_S)
+        return signals
+
+    def looks(
+        self, running: int, step_s: float, count: int = 1, *, steps: int = 10, blocks_used: int = 0
+    ) -> PoolSignals:
+        signals = PoolSignals()
+        for _ in range(count):
+            self.time_ms, self.steps, self.busy_s = (
+                self.time_ms + 1000,
+                self.steps + steps,
+                self.busy_s + steps * step_s,
+            )
+            signals = self.look(reading(self.time_ms, decode={"d": self._said(running, blocks_used)}))
+        return signals
+
+
 def test_an_idle_worker_says_nothing_of_speeds():
-    slow = worker(running=30, steps=10, step_ms=80.0, blocks_used=300)
-    busy = reading(1000, decode={"d": slow})
-    assert seen(busy).speeds.inter_token_s == pytest.approx(0.08)
-    quick = msgspec.structs.replace(slow, stats=msgspec.structs.replace(slow.stats, step_ms=1.0))
-    assert seen(busy, reading(2000, decode={"d": quick})).speeds.inter_token_s == pytest.approx(0.08)  # no step since
+    pool = Decode()
+    assert pool.looks(30, 0.08).speeds.inter_token_s == pytest.approx(0.08)
+    assert pool.looks(30, 0.01, steps=0).speeds.inter_token_s == pytest.approx(0.08)
+    assert pool.looks(0, 0.01).speeds.inter_token_s == pytest.approx(0.08)
+
+
+def test_a_step_that_compiles_is_no_speed():
+    pool = Decode()
+    pool.looks(24, 0.02, 3)
+    signals = pool.looks(24, 4.0, steps=1)
+    assert (signals.speeds.inter_token_s, signals.speeds.sequences_per_worker) == (pytest.approx(0.02), 32)
+    new = {"d": pool._said(1, 0), "new": worker(running=1, steps=1, busy_s=9.0)}  # its first one
+    assert pool.look(reading(pool.time_ms + 1000, decode=new)).speeds.inter_token_s == pytest.approx(0.02)
 
 
 def test_the_promise_that_was_seen_broken_is_remembered_until_it_is_seen_held():
-    def at(time_ms: int, running: int, step_ms: float) -> Reading:
-        return reading(time_ms, decode={"d": worker(running=running, steps=time_ms, step_ms=step_ms, blocks_used=1)})
-
-    assert seen(at(1000, 4, 20)).speeds.sequences_per_worker == 32  # its slots: nothing was ever too slow
-    broken = at(2000, 30, 100)
-    assert seen(broken).speeds.sequences_per_worker == pytest.approx(15)
-    idle = reading(3000, decode={"d": worker(steps=2000)})
-    assert seen(broken, idle).speeds.sequences_per_worker == pytest.approx(15)
-    few = [at(3000 + look, 2, 20) for look in range(20)]
-    assert seen(broken, *few).speeds.sequences_per_worker == pytest.approx(15)  # 2 that are quick do not tell of 15
-    many = [at(3000 + look, 16, 30) for look in range(20)]
-    assert seen(broken, *many).speeds.sequences_per_worker == pytest.approx(16 * 50 / 30, rel=0.1)
+    pool = Decode()
+    assert pool.looks(4, 0.02, 5).speeds.sequences_per_worker == 32  # its slots: nothing was ever too slow
+    assert pool.looks(30, 0.1, 3).speeds.sequences_per_worker == pytest.approx(15)
+    assert pool.looks(0, 0.1, 20, steps=0).speeds.sequences_per_worker == pytest.approx(15)
+    assert pool.looks(2, 0.02, 20).speeds.sequences_per_worker == pytest.approx(
+        15
+    )  # 2 that are quick do not tell of 15
+    assert pool.looks(16, 0.03, 20).speeds.sequences_per_worker == pytest.approx(16 * 50 / 30)
 
 
 def test_blocks_bound_the_sequences_and_no_longer_where_answers_are_short():
-    def at(time_ms: int, blocks_used: int) -> Reading:
-        said = worker(running=10, steps=time_ms, step_ms=10.0, blocks_used=blocks_used)
-        return reading(time_ms, decode={"d": said})
-
-    assert seen(at(1000, 850)).speeds.sequences_per_worker == pytest.approx(10)
-    assert seen(at(1000, 850), *(at(2000 + look, 50) for look in range(40))).speeds.sequences_per_worker == 32
+    pool = Decode()
+    assert pool.looks(10, 0.01, blocks_used=850).speeds.sequences_per_worker == pytest.approx(10)
+    assert pool.looks(10, 0.01, 40, blocks_used=50).speeds.sequences_per_worker == 32
 
 
 def test_answers_of_other_stages_are_none():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import msgspec
@@ -72,8 +74,26 @@ def test_who_else_deals_out_a_gpu_is_kept_off_as_long_as_it_is_taken(tmp_path: P
     assert (gpus.take("a", 2), others.take("a", 3)) == (("0", "1"), None)
     assert others.take("a", 2) == ("MIG/7", "2")  # what was locked in vain is free
     assert gpus.take("a", 1) is None
+    assert (gpus.of_others("a"), others.of_others("a")) == (1, 1)
     gpus.give_back(("1",))
+    assert (gpus.of_others("a"), others.of_others("a")) == (1, 0)
     assert others.take("a", 1) == ("1",)
+
+
+def test_a_gpu_that_cannot_be_locked_is_not_ours(tmp_path: Path):
+    gpus = Gpus("0", tmp_path / "none")
+    assert (gpus.take("a", 1), gpus.of_others("a")) == (None, 1)
+    assert Gpus("", tmp_path / "none").take("a", 1) == ()
+
+
+def test_other_users_can_lock_what_one_has_made(tmp_path: Path):
+    before = os.umask(0o077)
+    try:
+        Gpus("0", tmp_path).take("a", 1)
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
 
 
 def test_without_a_list_of_gpus_workers_find_theirs_themselves():

@@ -78,6 +78,9 @@ class BatchWorker(Worker):
     teller: TellerProcess
     beat: Beat
     is_leaving = False
+    pools_answer = (
+        True  # whether Baton's own Redis did, when it was looked for batches; while one runs its own process asks
+    )
     max_connection_wait_time = 10.0  # rq does not beat while it waits for its Redis: probes must see it live
     swept_s = 0.0  # when everything was looked at that batches may have left
 
@@ -93,8 +96,10 @@ class BatchWorker(Worker):
             with answering():
                 super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
             asyncio.run(_look(self.settings, self.batches, is_thorough=self._sweeps_now()))
+            self.pools_answer = True
         except BatonError as error:
             log.warning("cannot look for batches", worker=self.name, error=str(error), then=f"again in {LOOK_S} s")
+            self.pools_answer = False
             self.beat.show(is_ready=False)
         if self.is_leaving:  # what rq's handler raised, an event loop swallowed
             raise StopRequested
@@ -123,7 +128,7 @@ class BatchWorker(Worker):
         """It lives: rq is told, each `MONITOR_S` or `LOOK_S`, and who probes it."""
         with self._going_on():
             super().heartbeat(timeout, pipeline)
-            self.beat.show(is_ready=not self.is_leaving)
+            self.beat.show(is_ready=self.pools_answer and not self.is_leaving)
 
     def set_state(self, state: str, pipeline: Any = None) -> None:
         """It waits, or works."""
