@@ -23,7 +23,19 @@ from pipeline.queue import STAGES
 from pipeline.settings_file import ENV_FILE, collect_values, load_settings
 from pipeline.snapshot import PoolSnapshot
 from tests.deploy.fields import faults, is_known
-from tests.deploy.reading import DOCKER, K8S, Object, manifests, objects_of, of_kind, rendered, settings_of, stages_of
+from tests.deploy.reading import (
+    DOCKER,
+    K8S,
+    Object,
+    manifests,
+    objects_of,
+    of_kind,
+    readme_yaml,
+    rendered,
+    rendered_overlay,
+    settings_of,
+    stages_of,
+)
 
 FOLDERS = ("base", "components/keda", "components/monitoring")
 OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/keda")
@@ -165,6 +177,22 @@ def test_pods_start_anew_with_settings_that_have_changed(folder: str) -> None:
         if pods.name != "redis":
             assert pods.mounted("/etc/baton")["configMap"]["name"] == name
     assert IMAGE_VARIABLES[ENV_FILE] == "/etc/baton/config.toml"
+
+
+def test_the_readmes_overlay_scales_its_own_pool_and_takes_all_images_from_its_registry(tmp_path: Path) -> None:
+    (kustomization,) = [block for block in readme_yaml() if "kind: Kustomization" in block]
+    config = K8S / "overlays" / "gpu" / "config.toml"
+    objects = rendered_overlay(tmp_path, kustomization, config.read_text())
+    assert all_faults(objects, VERSIONS[-1]) == []
+    (pool,) = settings_of(config).pools
+    urls = [text for found in of_kind(objects, "ScaledObject").values() for text in texts(found) if "://" in text]
+    assert urls == [f"http://api.baton.svc:{SETTINGS.api.port}/v1/scaling/{pool}"] * len(STAGES)
+    images = {name: pods.container["image"] for name, pods in pods_of(objects).items() if name != "redis"}
+    assert set(images.values()) == {
+        f"registry.example/baton-{image}:{pipeline.__version__}" for image in ("api", "worker-cuda")
+    }
+    (settings,) = of_kind(objects, "ConfigMap").values()
+    assert settings["data"]["config.toml"] == config.read_text()
 
 
 def test_on_gpus_each_worker_asks_for_one_and_no_second_worker_has_to_fit_beside_it() -> None:
@@ -410,8 +438,7 @@ def test_keda_goes_to_zero_and_holds_while_the_api_is_silent() -> None:
 
 
 def test_the_readmes_way_without_the_endpoint_reads_a_lane_by_its_length() -> None:
-    blocks = re.findall(r"^```yaml\n(.*?)^```", (DOCKER / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (spec,) = [found for block in blocks for found in objects_of(block) if "triggers" in found]
+    (spec,) = [found for block in readme_yaml() for found in objects_of(block) if "triggers" in found]
     found = of_kind(manifests("components/keda"), "ScaledObject")["decode"]
     assert faults({**found, "spec": {**found["spec"], **spec}}) == []
     (trigger,) = spec["triggers"]
