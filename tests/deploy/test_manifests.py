@@ -78,6 +78,14 @@ def pods_of(objects: list[Object]) -> dict[str, Pods]:
     return found
 
 
+def variables_of(pods: Pods) -> dict[str, Any]:
+    """Its variables: a text, or where in which secret the text is."""
+    return {
+        item["name"]: item["valueFrom"]["secretKeyRef"] if "valueFrom" in item else item["value"]
+        for item in pods.container["env"]
+    }
+
+
 PODS = pods_of(BASE)
 BATON = {name: pods for name, pods in PODS.items() if name != "redis"}
 
@@ -193,6 +201,55 @@ def test_the_readmes_overlay_scales_its_own_pool_and_takes_all_images_from_its_r
     }
     (settings,) = of_kind(objects, "ConfigMap").values()
     assert settings["data"]["config.toml"] == config.read_text()
+
+
+def with_components(overlay: str, *components: str) -> str:
+    """An overlay of somebody's own."""
+    lines = ["resources:", f"  - ../baton/docker/k8s/overlays/{overlay}", "components:"]
+    return "\n".join([*lines, *(f"  - ../baton/docker/k8s/components/{component}" for component in components)])
+
+
+@pytest.mark.parametrize("overlay", ["cpu", "gpu", "keda"])
+def test_with_a_bucket_nobody_needs_the_claim(overlay: str, tmp_path: Path) -> None:
+    objects = rendered_overlay(tmp_path, with_components(overlay, "bucket"))
+    assert all_faults(objects, VERSIONS[-1]) == []
+    assert of_kind(objects, "PersistentVolumeClaim") == {}
+    pods, before = pods_of(objects), pods_of(rendered(f"overlays/{overlay}"))
+    for name in ("api", "batch"):
+        assert {volume["name"] for volume in before[name].spec["volumes"]} - {
+            volume["name"] for volume in pods[name].spec["volumes"]
+        } == {"files"}
+        assert len(before[name].container["volumeMounts"]) - len(pods[name].container["volumeMounts"]) == 1
+        assert SETTINGS.files.url not in texts(pods[name].spec)
+        variables = variables_of(pods[name])
+        assert variables["BATON_FILES_URL"] == {"name": "baton-bucket", "key": "url"}  # without it pods do not start
+        assert variables["BATON_FILES_STORAGE_OPTIONS"] == {"name": "baton-bucket", "key": "options", "optional": True}
+        collect_values(None, {"BATON_FILES_URL": "s3://b/p", "BATON_FILES_STORAGE_OPTIONS": "{}"}, [])
+        assert variables.items() >= variables_of(before[name]).items()
+    for stage in STAGES:
+        assert pods[stage] == before[stage]
+
+
+@pytest.mark.parametrize("overlay", ["cpu", "gpu", "keda"])
+def test_with_a_redis_of_somebody_else_ours_is_gone(overlay: str, tmp_path: Path) -> None:
+    objects = rendered_overlay(tmp_path, with_components(overlay, "external-redis"))
+    assert all_faults(objects, VERSIONS[-1]) == []
+    assert [found["kind"] for found in objects if found["metadata"]["name"] == "redis"] == []
+    pods, before = pods_of(objects), pods_of(rendered(f"overlays/{overlay}"))
+    assert set(pods) == set(before) - {"redis"}
+    for name in pods:
+        address = {"BATON_REDIS_URL": {"name": "baton-redis", "key": "url"}}
+        others = {
+            key: value for key, value in variables_of(before[name]).items() if key not in (*address, "REDIS_PASSWORD")
+        }
+        assert variables_of(pods[name]) == {**others, **address}
+
+
+def test_a_bucket_and_a_redis_of_somebody_else_go_together(tmp_path: Path) -> None:
+    objects = rendered_overlay(tmp_path, with_components("gpu", "bucket", "external-redis"))
+    assert all_faults(objects, VERSIONS[-1]) == []
+    assert of_kind(objects, "PersistentVolumeClaim", "StatefulSet") == {}
+    assert {"BATON_REDIS_URL", "BATON_FILES_URL"} <= variables_of(pods_of(objects)["api"]).keys()
 
 
 def test_on_gpus_each_worker_asks_for_one_and_no_second_worker_has_to_fit_beside_it() -> None:
@@ -377,17 +434,23 @@ def test_pods_of_a_kind_are_spread(name: str) -> None:
 
 
 def test_secrets_are_told_in_the_readme_and_never_written_down() -> None:
-    everything = [found for folder in FOLDERS for found in manifests(folder)]
-    assert of_kind(everything, "Secret") == {}
+    everything = [found for path in K8S.rglob("*.yaml") for found in objects_of(path.read_text())]
+    assert [found for found in everything if found["kind"] == "Secret"] == []
     needed = {(part["name"], part["key"]) for part in _secret_keys(everything)}
+    needed.remove(("baton-bucket", "options"))  # rarely
     (mounted,) = {BATON["api"].mounted("/etc/baton-keys")["secret"]["secretName"]}
     folder, _, file = SETTINGS.api.keys_file.rpartition("/")
     needed.add((mounted, file))
     assert folder == "/etc/baton-keys"
-    assert needed == {("baton-redis", "password"), ("baton-keys", "keys.toml"), ("baton-monitoring", "token")}
+    assert needed == {
+        ("baton-redis", "password"), ("baton-redis", "url"), ("baton-keys", "keys.toml"), ("baton-monitoring", "token"),
+        ("baton-bucket", "url"), ("baton-bucket", "access-key-id"), ("baton-bucket", "secret-access-key"),
+    }  # fmt: skip
     readme = (DOCKER / "README.md").read_text()
     for secret, key in needed:
-        assert re.search(rf"create secret generic {secret} --from-(literal|file)=?\s*{re.escape(key)}=", readme), secret
+        assert re.search(rf"create secret generic {secret} .*--from-(literal|file)=?\s*{re.escape(key)}=", readme), (
+            secret
+        )
 
 
 def _secret_keys(value: Any) -> Iterator[dict[str, str]]:
