@@ -357,6 +357,7 @@ def test_redis_keeps_what_it_has_and_has_room_to_write_it() -> None:
     args = PODS["redis"].container["args"]
     given = dict(zip(args[0::2], args[1::2], strict=True))
     assert (given["--appendonly"], given["--maxmemory-policy"]) == ("yes", "noeviction")
+    assert given["--save"] == ""  # no snapshots beside it
     assert given["--requirepass"] == "$(REDIS_PASSWORD)"
     limit = size(PODS["redis"].container["resources"]["limits"]["memory"])
     assert size(given["--maxmemory"].replace("gb", "Gi")) * 2 <= limit
