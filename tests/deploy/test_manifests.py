@@ -443,6 +443,8 @@ def test_secrets_are_told_in_the_readme_and_never_written_down() -> None:
     folder, _, file = SETTINGS.api.keys_file.rpartition("/")
     needed.add((mounted, file))
     assert folder == "/etc/baton-keys"
+    (mount,) = [mount for mount in BATON["api"].container["volumeMounts"] if mount["mountPath"] == folder]
+    assert "subPath" not in mount  # then a change of the secret would not get there
     assert needed == {
         ("baton-redis", "password"), ("baton-redis", "url"), ("baton-keys", "keys.toml"), ("baton-monitoring", "token"),
         ("baton-bucket", "url"), ("baton-bucket", "access-key-id"), ("baton-bucket", "secret-access-key"),
