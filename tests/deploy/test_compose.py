@@ -193,6 +193,7 @@ def test_on_gpus_all_have_the_settings_of_the_model() -> None:
     ]
     assert all(f"./config.gpu.toml:{variable}:ro" in service["volumes"] for service in services.values())
     assert [pool.engine for pool in settings_of(DOCKER / "config.gpu.toml").pools.values()] == ["vllm"]
+    assert settings_of(DOCKER / "config.gpu.toml").transfer.kind == "shm"  # no container sees another's GPU
 
 
 def test_each_worker_has_a_gpu_of_its_own() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import kubernetes_validate
 import pytest
+import yaml
 
 import pipeline
 from api.__main__ import LAST_WORDS_S
@@ -261,6 +262,30 @@ def test_on_gpus_each_worker_asks_for_one_and_no_second_worker_has_to_fit_beside
     assert "nvidia.com/gpu" not in str(pods["api"].spec) + str(pods["batch"].spec)
 
 
+def test_on_gpus_blocks_go_through_host_memory_and_a_start_takes_minutes() -> None:
+    settings = settings_of(K8S / "overlays" / "gpu" / "config.toml")
+    assert settings.transfer.kind == "tcp"
+    assert settings.autoscale.start_s >= 300
+
+
+def test_on_gpus_a_token_of_the_hub_is_read_where_there_is_one() -> None:
+    pods = pods_of(rendered("overlays/gpu"))
+    for name in BATON:
+        token = {"name": "baton-hub", "key": "token", "optional": True}
+        assert variables_of(pods[name])["HF_TOKEN"] == token
+
+
+def test_the_readmes_patch_keeps_models_in_a_claim(tmp_path: Path) -> None:
+    (patch,) = [block for block in readme_yaml() if block.startswith("# cache.yaml")]
+    patches = {"patches": [{"patch": patch, "target": {"kind": "Deployment", "name": "prefill|decode"}}]}
+    overlay = with_components("gpu", "keda") + "\n" + yaml.safe_dump(patches)
+    objects = rendered_overlay(tmp_path, overlay)
+    assert all_faults(objects, VERSIONS[-1]) == []
+    for stage in STAGES:
+        volume = pods_of(objects)[stage].mounted(IMAGE_VARIABLES["HOME"])
+        assert volume == {"name": "cache", "persistentVolumeClaim": {"claimName": "baton-models"}}
+
+
 @pytest.mark.parametrize("folder", ["base", "overlays/gpu"])
 def test_settings_hold_for_images_and_the_rest(folder: str, tmp_path: Path) -> None:
     settings = settings_of(K8S / folder / "config.toml")
@@ -301,6 +326,8 @@ def test_it_runs_without_root_and_writes_only_to_volumes(name: str) -> None:
     pod, container = PODS[name].spec["securityContext"], PODS[name].container["securityContext"]
     assert pod["runAsNonRoot"] is True
     assert pod["runAsUser"] == (999 if name == "redis" else 10001)
+    assert pod["fsGroup"] == pod["runAsGroup"] == pod["runAsUser"]
+    assert pod["fsGroupChangePolicy"] == "OnRootMismatch"  # else each start walks through all files of a volume
     assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
     assert container == {
         "allowPrivilegeEscalation": False,
@@ -423,6 +450,7 @@ def test_who_may_reach_whom() -> None:
 def test_a_node_can_be_drained_and_not_all_at_once(name: str) -> None:
     budget = of_kind(BASE, "PodDisruptionBudget")[name]["spec"]
     assert matches(budget["selector"], PODS[name].labels)
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"  # one that never got ready holds up no node
     replicas = PODS[name].workload["spec"]["replicas"]
     assert budget.get("maxUnavailable", 0) == 1 or replicas > budget["minAvailable"] >= 1
 
@@ -438,6 +466,7 @@ def test_secrets_are_told_in_the_readme_and_never_written_down() -> None:
     everything = [found for path in K8S.rglob("*.yaml") for found in objects_of(path.read_text())]
     assert [found for found in everything if found["kind"] == "Secret"] == []
     needed = {(part["name"], part["key"]) for part in _secret_keys(everything)}
+    needed |= {("baton-hub", "token")}  # of a patch
     needed.remove(("baton-bucket", "options"))  # rarely
     (mounted,) = {BATON["api"].mounted("/etc/baton-keys")["secret"]["secretName"]}
     folder, _, file = SETTINGS.api.keys_file.rpartition("/")
@@ -447,7 +476,7 @@ def test_secrets_are_told_in_the_readme_and_never_written_down() -> None:
     assert "subPath" not in mount  # then a change of the secret would not get there
     assert needed == {
         ("baton-redis", "password"), ("baton-redis", "url"), ("baton-keys", "keys.toml"), ("baton-monitoring", "token"),
-        ("baton-bucket", "url"), ("baton-bucket", "access-key-id"), ("baton-bucket", "secret-access-key"),
+        ("baton-hub", "token"), ("baton-bucket", "url"), ("baton-bucket", "access-key-id"), ("baton-bucket", "secret-access-key"),
     }  # fmt: skip
     readme = (DOCKER / "README.md").read_text()
     for secret, key in needed:
@@ -501,6 +530,16 @@ def test_keda_goes_to_zero_and_holds_while_the_api_is_silent() -> None:
         assert spec["fallback"]["replicas"] >= 1
         (policy,) = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]["policies"]
         assert (policy["type"], policy["value"]) == ("Pods", 1)
+
+
+def test_the_calm_before_there_are_fewer_is_batons_and_what_keda_adds_is_short() -> None:
+    policy = SETTINGS.autoscale
+    for found in of_kind(manifests("components/keda"), "ScaledObject").values():
+        behavior = found["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+        window_s = behavior["scaleDown"]["stabilizationWindowSeconds"]
+        assert policy.poll_s * 10 <= window_s <= policy.down_after_s / 4
+        assert policy.poll_s * 10 <= found["spec"]["cooldownPeriod"] <= policy.idle_s / 4
+        assert behavior["scaleUp"]["stabilizationWindowSeconds"] == 0
 
 
 def test_the_readmes_way_without_the_endpoint_reads_a_lane_by_its_length() -> None:
