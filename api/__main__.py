@@ -37,7 +37,7 @@ from pipeline.errors import BatonError
 from pipeline.exits import Exit, PortTaken, exit_for
 from pipeline.files.store import FileStore
 from pipeline.ids import new_process_name
-from pipeline.key_store import KeyStore, read_keys_file
+from pipeline.key_store import KeysFile, KeyStore
 from pipeline.loras import check_model_names
 from pipeline.pools import open_pool
 from pipeline.processes import die_with_parent
@@ -118,7 +118,7 @@ def make_batches(settings: Settings, connection: Connection, files: FileStore) -
 async def load_keys(settings: ApiSettings, connection: Connection) -> KeyRing:
     """Who may ask. Raises ConfigError where that is everybody who reaches the address, and nobody has said so."""
     keys = KeyRing(
-        KeyStore(connection), read_keys_file(settings.keys_file), mode=settings.auth, host=settings.host,
+        KeyStore(connection), KeysFile(settings.keys_file), mode=settings.auth, host=settings.host,
         refresh_s=settings.keys_refresh_s,
     )  # fmt: skip
     await keys.load()

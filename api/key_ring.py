@@ -1,9 +1,9 @@
 """The API keys as this process knows them: all of them, in memory, read again when something has changed.
 
 A request costs no question to Redis: a table is asked, and a background task looks each `api.keys_refresh_s` whether it is still what
-Redis has. Who shows a key that the table lacks waits until it has looked again, each LOOK_AGAIN_S at most: a new key works, and a flood
-of made-up ones costs Redis next to nothing. While Redis is away the keys that are known go on working for KNOWN_FOR_S; after that nobody
-can say whether one was revoked, and requests are a 503.
+Redis has, and the file of keys what it was. Who shows a key that the table lacks waits until it has looked again, each LOOK_AGAIN_S at
+most: a new key works, and a flood of made-up ones costs Redis next to nothing. While Redis is away the keys that are known go on working
+for KNOWN_FOR_S; after that nobody can say whether one was revoked, and requests are a 503.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import structlog
 
 from pipeline.api_keys import ApiKey, AuthMode, check_exposure, digest_of, is_same, needs_key
 from pipeline.errors import InvalidKey, RedisUnavailable
-from pipeline.key_store import KeyStore, KeyTable
+from pipeline.key_store import KeysFile, KeyStore, KeyTable
 
 LOOK_AGAIN_S = 0.2
 KNOWN_FOR_S = 300.0
@@ -27,14 +27,14 @@ log = structlog.get_logger("baton.api")
 
 
 class KeyRing:
-    """See the module's docstring. `file_keys`: those of `api.keys_file`, which hold with and without Redis."""
+    """See the module's docstring. `file`: the keys of `api.keys_file`, which hold with and without Redis."""
 
     def __init__(
-        self, store: KeyStore, file_keys: Iterable[ApiKey], *, mode: AuthMode, host: str, refresh_s: float,
+        self, store: KeyStore, file: KeysFile, *, mode: AuthMode, host: str, refresh_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._store = store
-        self._of_file = {key.digest: key for key in file_keys}
+        self._file = file
         self._mode = mode
         self._host = host
         self._refresh_s = refresh_s
@@ -44,7 +44,7 @@ class KeyRing:
         self._asked_s = -math.inf
         self._looking = asyncio.Lock()
         self._is_away = False  # Redis, when it was last asked
-        self._has_keys = bool(self._of_file)  # stays so: keys that are lost must not open a server that needed them
+        self._has_keys = bool(file.keys)  # stays so: keys that are lost must not open a server that needed them
 
     async def load(self) -> None:
         """Read the keys, before the server listens. Raises ConfigError where it would listen for others without any, RedisUnavailable."""
@@ -65,7 +65,9 @@ class KeyRing:
                 log.exception("API keys could not be read again, trying again")
 
     async def look(self) -> None:
-        """Read the keys if something has changed. Raises RedisUnavailable."""
+        """Read the keys if something has changed. Raises RedisUnavailable, with those of the file read."""
+        self._file.look()
+        self._has_keys = self._has_keys or bool(self._file.keys)
         self._asked_s = started_s = self._clock()
         try:
             if self._read_s == -math.inf or await self._store.version() != self._table.version:
@@ -108,8 +110,8 @@ class KeyRing:
         """Redis is away, and may know of this key, or of its end, by now."""
         if key is None:
             return self._is_away
-        return key.digest not in self._of_file and self._clock() - self._read_s > KNOWN_FOR_S
+        return key.digest not in self._file.keys and self._clock() - self._read_s > KNOWN_FOR_S
 
     def _find(self, digest: str) -> ApiKey | None:
         """A digest of 256 random bits as the key of a table: how long the look takes tells nothing of the keys that are in it."""
-        return self._of_file.get(digest) or self._table.keys.get(digest)
+        return self._file.keys.get(digest) or self._table.keys.get(digest)

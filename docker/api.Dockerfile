@@ -50,6 +50,7 @@ USER 10001:10001
 WORKDIR /var/lib/baton
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-I", "-S", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/ready', timeout=4)"]
+    CMD ["python", "-I", "-S", "-c", \
+         "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8000/ready', timeout=4)"]
 ENTRYPOINT ["tini", "--", "baton"]
 CMD ["api"]

@@ -41,6 +41,7 @@ RUN apt-get update \
     && rm -rf /usr/local/bin/pip* /usr/local/lib/python3.11/ensurepip /usr/local/lib/python3.11/site-packages/*
 COPY --from=build /opt/baton /opt/baton
 COPY docker/config.toml /etc/baton/config.toml
+# What engines compile goes where models are, into the volume: PyTorch's own place for it would be /tmp, which goes with the container.
 # FlashInfer's sampler would compile with nvcc at its first use
 ENV PATH=/opt/baton/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/var/lib/baton/cache \
@@ -48,6 +49,8 @@ ENV PATH=/opt/baton/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    TORCHINDUCTOR_CACHE_DIR=/var/lib/baton/cache/torchinductor \
+    TRITON_CACHE_DIR=/var/lib/baton/cache/triton \
     VLLM_NO_USAGE_STATS=1 \
     VLLM_USE_FLASHINFER_SAMPLER=0 \
     BATON_CONFIG=/etc/baton/config.toml

@@ -92,6 +92,49 @@ def read_keys_file(path: str) -> list[ApiKey]:
     return [_of_table(path, name, table) for name, table in tables.items()]
 
 
+class KeysFile:
+    """The keys of a file, by their digest, read again when it has changed, or when another is in its place, as clusters do with secrets.
+
+    The first time it has to be right (ConfigError); what is wrong with it later is said, and the keys of before stay.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._read = _stamp(path)
+        self._said = ""  # what was wrong with it, which is said once
+        self.keys = _by_digest(read_keys_file(path))
+
+    def look(self) -> None:
+        """Read it if it has changed."""
+        stamp = _stamp(self._path)  # first: what changes while it is read is read again
+        if stamp == self._read:
+            return
+        try:
+            keys = read_keys_file(self._path)
+        except ConfigError as error:
+            if str(error) != self._said:
+                log.error(
+                    "the file of API keys has changed and is not readable, its keys stay as they were", error=str(error)
+                )
+            self._said = str(error)
+        else:
+            self.keys, self._read, self._said = _by_digest(keys), stamp, ""
+            log.info("the file of API keys has changed", path=self._path, keys=len(keys))
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    """Changes with a file; empty where there is none."""
+    try:
+        found = Path(path).stat() if path else None
+    except OSError:
+        return ()
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size) if found else ()
+
+
+def _by_digest(keys: list[ApiKey]) -> Mapping[str, ApiKey]:
+    return {key.digest: key for key in keys}
+
+
 def _of_table(path: str, name: str, table: object) -> ApiKey:
     if not isinstance(table, dict):
         raise ConfigError(f"api.keys_file: {path}: {name}: expected a table [{name}]")

@@ -17,7 +17,7 @@ from pipeline.cli.keys import MadeKey, new_key
 from pipeline.config import RedisSettings
 from pipeline.connection import Connection
 from pipeline.errors import ConfigError, InvalidKey, RedisUnavailable
-from pipeline.key_store import KeyStore
+from pipeline.key_store import KeysFile, KeyStore
 from pipeline.keys import api_keys
 from pipeline.redis_server import RedisServer
 
@@ -35,8 +35,18 @@ def made(name: str = "a", **fields: Any) -> MadeKey:
     return new_key(name, expires_in=None, **fields)
 
 
-def ring_of(store: KeyStore, *of_file: ApiKey, **fields: Any) -> KeyRing:
-    return KeyRing(store, of_file, **({"mode": "auto", "host": "127.0.0.1", "refresh_s": 60.0} | fields))
+class FileOf(KeysFile):
+    """A file of keys that does not change."""
+
+    def __init__(self, *keys: ApiKey) -> None:
+        super().__init__("")
+        self.keys = {key.digest: key for key in keys}
+
+
+def ring_of(store: KeyStore, *of_file: ApiKey, file: KeysFile | None = None, **fields: Any) -> KeyRing:
+    return KeyRing(
+        store, file or FileOf(*of_file), **({"mode": "auto", "host": "127.0.0.1", "refresh_s": 60.0} | fields)
+    )
 
 
 @pytest.fixture
@@ -169,3 +179,51 @@ async def test_while_redis_is_away_known_keys_work_and_of_others_nobody_knows(sh
         await ring.key_of(known.secret)
     assert (await ring.key_of(of_file.secret)).name == "of-file"
     await connection.close()
+
+
+def written(file: Path, *keys: ApiKey) -> None:
+    """As a cluster changes a mounted secret: another file in its place."""
+    new = file.with_suffix(".new")
+    new.write_text("".join(f'[{key.name}]\ndigest = "{key.digest}"\n' for key in keys))
+    new.rename(file)
+
+
+async def test_a_file_of_keys_that_changes_is_heard_of(connection: Connection, tmp_path: Path) -> None:
+    file, one, other = tmp_path / "keys.toml", made("one"), made("other")
+    written(file, one.key)
+    ring = ring_of(KeyStore(connection), file=KeysFile(str(file)), mode="required")
+    await ring.load()
+    written(file, other.key)
+    assert (await ring.key_of(other.secret)).name == "other"  # unknown until now: looked at again, at once
+    with pytest.raises(InvalidKey):
+        await ring.key_of(one.secret)
+
+
+async def test_a_file_of_keys_is_looked_at_also_while_redis_is_away(short_dir: Path, tmp_path: Path) -> None:
+    server = RedisServer.start(short_dir)
+    server.wait_ready()
+    connection = Connection(RedisSettings(url=server.url, timeout_s=0.5))
+    file, one, other = tmp_path / "keys.toml", made("one"), made("other")
+    written(file, one.key)
+    ring = ring_of(KeyStore(connection), file=KeysFile(str(file)), mode="required")
+    await ring.load()
+    server.process.kill()
+    server.stop()
+    written(file, other.key)
+    with pytest.raises(RedisUnavailable):
+        await ring.look()
+    assert (await ring.key_of(other.secret)).name == "other"
+    with pytest.raises(RedisUnavailable):
+        await ring.key_of(one.secret)  # by now it may be one of Redis's
+    await connection.close()
+
+
+async def test_the_first_key_of_a_file_closes_the_server(connection: Connection, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    written(file)
+    ring = ring_of(KeyStore(connection), file=KeysFile(str(file)))
+    await ring.load()
+    assert not ring.needs_key
+    written(file, made().key)
+    await ring.look()
+    assert ring.needs_key

@@ -143,7 +143,18 @@ def host(folder: Path) -> Iterator[Host]:
         stack.callback(holder.kill)
         assert holder.stdout.readline() == "up\n"
         made = Host(folder, ["nsenter", f"--net=/proc/{holder.pid}/ns/net"])
-        redis = ["--port", "6379", "--bind", "127.0.0.1", "--appendonly", "yes", "--maxmemory-policy", "noeviction"]
+        redis = [
+            "--port",
+            "6379",
+            "--bind",
+            "127.0.0.1",
+            "--appendonly",
+            "yes",
+            "--save",
+            "",
+            "--maxmemory-policy",
+            "noeviction",
+        ]
         server = [*made.enter, str(find_server().path), *redis, "--dir", str(made.volume("redis"))]
         process = subprocess.Popen(server, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         stack.callback(process.wait)

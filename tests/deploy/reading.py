@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -51,8 +52,23 @@ def manifests(folder: str) -> list[Object]:
     return [found for path in paths for found in objects_of(path.read_text())]
 
 
-def rendered(folder: str) -> list[Object]:
-    """What `kubectl kustomize` makes of a folder of `docker/k8s`."""
+def readme_yaml() -> list[str]:
+    """The YAML in `docker/README.md`."""
+    return re.findall(r"^```yaml\n(.*?)^```", (DOCKER / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def rendered_overlay(folder: Path, kustomization: str, config: str = "") -> list[Object]:
+    """What `kubectl kustomize` makes of an overlay of somebody's own, beside a checkout called `baton`."""
+    shutil.copytree(K8S, folder / "baton" / "docker" / "k8s")
+    mine = folder / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(kustomization)
+    (mine / "config.toml").write_text(config)
+    return rendered(mine)
+
+
+def rendered(folder: str | Path) -> list[Object]:
+    """What `kubectl kustomize` makes of a folder, of `docker/k8s` where it is told by name."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not here: the files are checked one by one only")
     command = ["kubectl", "kustomize", str(K8S / folder)]

@@ -37,6 +37,11 @@ def seconds(text: str) -> int:
     return int(text[:-1])
 
 
+def with_defaults(text: str) -> str:
+    """A text as compose reads it where no variable is set."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+
+
 def size(options: str) -> int:
     """The size in a tmpfs's options."""
     number, unit = re.search(r"size=(\d+)([kmg]?)", options).groups()  # type: ignore[union-attr]
@@ -101,6 +106,9 @@ def test_everybody_waits_for_a_healthy_redis_that_keeps_what_it_has() -> None:
     assert redis["healthcheck"]["test"][0] == "CMD-SHELL"
     assert words[words.index("--appendonly") + 1] == "yes"
     assert words[words.index("--maxmemory-policy") + 1] == "noeviction"  # else requests vanish
+    assert words[words.index("--save") + 1] == ""  # no snapshots beside it
+    maxmemory = with_defaults(words[words.index("--maxmemory") + 1])
+    assert size(f"size={with_defaults(redis['mem_limit'])}") >= 2 * size(f"size={maxmemory}")  # a rewrite copies
     assert redis["volumes"] == ["redis:/data"]
     assert re.fullmatch(r"redis:\d+\.\d+\.\d+-\w+", redis["image"])
 
@@ -151,12 +159,30 @@ def test_the_batch_worker_is_asked_as_a_worker() -> None:
     assert json.loads(worker.value.partition("CMD ")[2])[2] == asked
 
 
-@pytest.mark.parametrize(("name", "config"), [("compose.yaml", "config.toml"), ("compose.gpu.yaml", "config.gpu.toml")])
-def test_blocks_have_room_in_the_memory_that_workers_share(name: str, config: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "config", "volume"),
+    [("compose.yaml", "config.toml", "blocks"), ("compose.gpu.yaml", "config.gpu.toml", "blocks-gpu")],
+)
+def test_blocks_have_room_in_the_memory_that_workers_share(name: str, config: str, volume: str) -> None:
     transfer = settings_of(DOCKER / config).transfer
-    assert size(compose(name)["volumes"]["blocks"]["driver_opts"]["o"]) > transfer.arena_bytes
+    options = compose(name)["volumes"][volume]["driver_opts"]
+    assert (options["type"], options["device"]) == ("tmpfs", "tmpfs")
+    assert size(with_defaults(options["o"])) >= 2 * transfer.arena_bytes
     for stage in ("prefill", "decode"):
-        assert f"blocks:{transfer.dir}" in SERVICES[stage]["volumes"]
+        assert f"{volume}:{transfer.dir}" in compose(name)["services"][stage]["volumes"]
+
+
+def test_no_volume_is_made_in_two_sizes() -> None:
+    # one that is there keeps its size, and what is mounted at the same place in a file over it takes its place
+    assert not compose("compose.gpu.yaml")["volumes"].keys() & BASE["volumes"].keys()
+
+
+def test_variables_of_compose_files_are_told_in_the_readme_with_what_they_are_by_themselves() -> None:
+    told = (DOCKER / "README.md").read_text().partition("| variable | by itself |")[2].partition("\n\n")[0]
+    for name in FILES:
+        for variable, default in re.findall(r"\$\{(\w+):-([^}]*)\}", (DOCKER / name).read_text()):
+            (row,) = [line for line in told.splitlines() if f"`{variable}`" in line.split("|")[1]]
+            assert default in row.split("|")[2], variable
 
 
 def test_on_gpus_all_have_the_settings_of_the_model() -> None:
@@ -167,6 +193,7 @@ def test_on_gpus_all_have_the_settings_of_the_model() -> None:
     ]
     assert all(f"./config.gpu.toml:{variable}:ro" in service["volumes"] for service in services.values())
     assert [pool.engine for pool in settings_of(DOCKER / "config.gpu.toml").pools.values()] == ["vllm"]
+    assert settings_of(DOCKER / "config.gpu.toml").transfer.kind == "shm"  # no container sees another's GPU
 
 
 def test_each_worker_has_a_gpu_of_its_own() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -101,6 +105,30 @@ def test_it_says_how_it_is(dockerfile: Path) -> None:
     else:
         assert f"find {settings.worker.beat_dir}/ready " in check
         assert one(image(dockerfile), "EXPOSE").words == [str(settings.transfer.tcp.port)]
+
+
+@pytest.mark.parametrize(("answer", "is_healthy"), [(200, True), (503, False)])
+def test_the_api_is_asked_without_a_proxy(answer: int, is_healthy: bool) -> None:
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answer if self.path == "/ready" else 404)
+            self.end_headers()
+
+    check = one(image(DOCKER / "api.Dockerfile"), "HEALTHCHECK").value
+    name, *words = json.loads(check.partition("CMD ")[2])
+    assert name == "python"
+    with HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        words = [word.replace(":8000/", f":{server.server_port}/") for word in words]
+        proxies = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # where nobody listens
+        done = subprocess.run([sys.executable, *words], env=proxies, capture_output=True, timeout=30)
+    assert (done.returncode == 0) is is_healthy
+
+
+def test_what_engines_compile_is_kept_with_the_models() -> None:
+    variables = one(image(DOCKER / "worker-cuda.Dockerfile"), "ENV").pairs
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert variables[name].startswith(f"{variables['HOME']}/")
 
 
 def test_no_build_tools_are_left_in_it(dockerfile: Path) -> None:

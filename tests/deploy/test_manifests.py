@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import kubernetes_validate
 import pytest
+import yaml
 
 import pipeline
 from api.__main__ import LAST_WORDS_S
@@ -23,7 +24,19 @@ from pipeline.queue import STAGES
 from pipeline.settings_file import ENV_FILE, collect_values, load_settings
 from pipeline.snapshot import PoolSnapshot
 from tests.deploy.fields import faults, is_known
-from tests.deploy.reading import DOCKER, K8S, Object, manifests, objects_of, of_kind, rendered, settings_of, stages_of
+from tests.deploy.reading import (
+    DOCKER,
+    K8S,
+    Object,
+    manifests,
+    objects_of,
+    of_kind,
+    readme_yaml,
+    rendered,
+    rendered_overlay,
+    settings_of,
+    stages_of,
+)
 
 FOLDERS = ("base", "components/keda", "components/monitoring")
 OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/keda")
@@ -64,6 +77,14 @@ def pods_of(objects: list[Object]) -> dict[str, Pods]:
         (container,) = spec["containers"]
         found[name] = Pods(name, workload, spec, container)
     return found
+
+
+def variables_of(pods: Pods) -> dict[str, Any]:
+    """Its variables: a text, or where in which secret the text is."""
+    return {
+        item["name"]: item["valueFrom"]["secretKeyRef"] if "valueFrom" in item else item["value"]
+        for item in pods.container["env"]
+    }
 
 
 PODS = pods_of(BASE)
@@ -167,6 +188,71 @@ def test_pods_start_anew_with_settings_that_have_changed(folder: str) -> None:
     assert IMAGE_VARIABLES[ENV_FILE] == "/etc/baton/config.toml"
 
 
+def test_the_readmes_overlay_scales_its_own_pool_and_takes_all_images_from_its_registry(tmp_path: Path) -> None:
+    (kustomization,) = [block for block in readme_yaml() if "kind: Kustomization" in block]
+    config = K8S / "overlays" / "gpu" / "config.toml"
+    objects = rendered_overlay(tmp_path, kustomization, config.read_text())
+    assert all_faults(objects, VERSIONS[-1]) == []
+    (pool,) = settings_of(config).pools
+    urls = [text for found in of_kind(objects, "ScaledObject").values() for text in texts(found) if "://" in text]
+    assert urls == [f"http://api.baton.svc:{SETTINGS.api.port}/v1/scaling/{pool}"] * len(STAGES)
+    images = {name: pods.container["image"] for name, pods in pods_of(objects).items() if name != "redis"}
+    assert set(images.values()) == {
+        f"registry.example/baton-{image}:{pipeline.__version__}" for image in ("api", "worker-cuda")
+    }
+    (settings,) = of_kind(objects, "ConfigMap").values()
+    assert settings["data"]["config.toml"] == config.read_text()
+
+
+def with_components(overlay: str, *components: str) -> str:
+    """An overlay of somebody's own."""
+    lines = ["resources:", f"  - ../baton/docker/k8s/overlays/{overlay}", "components:"]
+    return "\n".join([*lines, *(f"  - ../baton/docker/k8s/components/{component}" for component in components)])
+
+
+@pytest.mark.parametrize("overlay", ["cpu", "gpu", "keda"])
+def test_with_a_bucket_nobody_needs_the_claim(overlay: str, tmp_path: Path) -> None:
+    objects = rendered_overlay(tmp_path, with_components(overlay, "bucket"))
+    assert all_faults(objects, VERSIONS[-1]) == []
+    assert of_kind(objects, "PersistentVolumeClaim") == {}
+    pods, before = pods_of(objects), pods_of(rendered(f"overlays/{overlay}"))
+    for name in ("api", "batch"):
+        assert {volume["name"] for volume in before[name].spec["volumes"]} - {
+            volume["name"] for volume in pods[name].spec["volumes"]
+        } == {"files"}
+        assert len(before[name].container["volumeMounts"]) - len(pods[name].container["volumeMounts"]) == 1
+        assert SETTINGS.files.url not in texts(pods[name].spec)
+        variables = variables_of(pods[name])
+        assert variables["BATON_FILES_URL"] == {"name": "baton-bucket", "key": "url"}  # without it pods do not start
+        assert variables["BATON_FILES_STORAGE_OPTIONS"] == {"name": "baton-bucket", "key": "options", "optional": True}
+        collect_values(None, {"BATON_FILES_URL": "s3://b/p", "BATON_FILES_STORAGE_OPTIONS": "{}"}, [])
+        assert variables.items() >= variables_of(before[name]).items()
+    for stage in STAGES:
+        assert pods[stage] == before[stage]
+
+
+@pytest.mark.parametrize("overlay", ["cpu", "gpu", "keda"])
+def test_with_a_redis_of_somebody_else_ours_is_gone(overlay: str, tmp_path: Path) -> None:
+    objects = rendered_overlay(tmp_path, with_components(overlay, "external-redis"))
+    assert all_faults(objects, VERSIONS[-1]) == []
+    assert [found["kind"] for found in objects if found["metadata"]["name"] == "redis"] == []
+    pods, before = pods_of(objects), pods_of(rendered(f"overlays/{overlay}"))
+    assert set(pods) == set(before) - {"redis"}
+    for name in pods:
+        address = {"BATON_REDIS_URL": {"name": "baton-redis", "key": "url"}}
+        others = {
+            key: value for key, value in variables_of(before[name]).items() if key not in (*address, "REDIS_PASSWORD")
+        }
+        assert variables_of(pods[name]) == {**others, **address}
+
+
+def test_a_bucket_and_a_redis_of_somebody_else_go_together(tmp_path: Path) -> None:
+    objects = rendered_overlay(tmp_path, with_components("gpu", "bucket", "external-redis"))
+    assert all_faults(objects, VERSIONS[-1]) == []
+    assert of_kind(objects, "PersistentVolumeClaim", "StatefulSet") == {}
+    assert {"BATON_REDIS_URL", "BATON_FILES_URL"} <= variables_of(pods_of(objects)["api"]).keys()
+
+
 def test_on_gpus_each_worker_asks_for_one_and_no_second_worker_has_to_fit_beside_it() -> None:
     pods = pods_of(rendered("overlays/gpu"))
     for stage in STAGES:
@@ -174,6 +260,30 @@ def test_on_gpus_each_worker_asks_for_one_and_no_second_worker_has_to_fit_beside
         assert pods[stage].workload["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
         assert pods[stage].container["image"].startswith("baton-worker-cuda:")
     assert "nvidia.com/gpu" not in str(pods["api"].spec) + str(pods["batch"].spec)
+
+
+def test_on_gpus_blocks_go_through_host_memory_and_a_start_takes_minutes() -> None:
+    settings = settings_of(K8S / "overlays" / "gpu" / "config.toml")
+    assert settings.transfer.kind == "tcp"
+    assert settings.autoscale.start_s >= 300
+
+
+def test_on_gpus_a_token_of_the_hub_is_read_where_there_is_one() -> None:
+    pods = pods_of(rendered("overlays/gpu"))
+    for name in BATON:
+        token = {"name": "baton-hub", "key": "token", "optional": True}
+        assert variables_of(pods[name])["HF_TOKEN"] == token
+
+
+def test_the_readmes_patch_keeps_models_in_a_claim(tmp_path: Path) -> None:
+    (patch,) = [block for block in readme_yaml() if block.startswith("# cache.yaml")]
+    patches = {"patches": [{"patch": patch, "target": {"kind": "Deployment", "name": "prefill|decode"}}]}
+    overlay = with_components("gpu", "keda") + "\n" + yaml.safe_dump(patches)
+    objects = rendered_overlay(tmp_path, overlay)
+    assert all_faults(objects, VERSIONS[-1]) == []
+    for stage in STAGES:
+        volume = pods_of(objects)[stage].mounted(IMAGE_VARIABLES["HOME"])
+        assert volume == {"name": "cache", "persistentVolumeClaim": {"claimName": "baton-models"}}
 
 
 @pytest.mark.parametrize("folder", ["base", "overlays/gpu"])
@@ -216,6 +326,8 @@ def test_it_runs_without_root_and_writes_only_to_volumes(name: str) -> None:
     pod, container = PODS[name].spec["securityContext"], PODS[name].container["securityContext"]
     assert pod["runAsNonRoot"] is True
     assert pod["runAsUser"] == (999 if name == "redis" else 10001)
+    assert pod["fsGroup"] == pod["runAsGroup"] == pod["runAsUser"]
+    assert pod["fsGroupChangePolicy"] == "OnRootMismatch"  # else each start walks through all files of a volume
     assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
     assert container == {
         "allowPrivilegeEscalation": False,
@@ -272,6 +384,7 @@ def test_redis_keeps_what_it_has_and_has_room_to_write_it() -> None:
     args = PODS["redis"].container["args"]
     given = dict(zip(args[0::2], args[1::2], strict=True))
     assert (given["--appendonly"], given["--maxmemory-policy"]) == ("yes", "noeviction")
+    assert given["--save"] == ""  # no snapshots beside it
     assert given["--requirepass"] == "$(REDIS_PASSWORD)"
     limit = size(PODS["redis"].container["resources"]["limits"]["memory"])
     assert size(given["--maxmemory"].replace("gb", "Gi")) * 2 <= limit
@@ -337,6 +450,7 @@ def test_who_may_reach_whom() -> None:
 def test_a_node_can_be_drained_and_not_all_at_once(name: str) -> None:
     budget = of_kind(BASE, "PodDisruptionBudget")[name]["spec"]
     assert matches(budget["selector"], PODS[name].labels)
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"  # one that never got ready holds up no node
     replicas = PODS[name].workload["spec"]["replicas"]
     assert budget.get("maxUnavailable", 0) == 1 or replicas > budget["minAvailable"] >= 1
 
@@ -349,17 +463,26 @@ def test_pods_of_a_kind_are_spread(name: str) -> None:
 
 
 def test_secrets_are_told_in_the_readme_and_never_written_down() -> None:
-    everything = [found for folder in FOLDERS for found in manifests(folder)]
-    assert of_kind(everything, "Secret") == {}
+    everything = [found for path in K8S.rglob("*.yaml") for found in objects_of(path.read_text())]
+    assert [found for found in everything if found["kind"] == "Secret"] == []
     needed = {(part["name"], part["key"]) for part in _secret_keys(everything)}
+    needed |= {("baton-hub", "token")}  # of a patch
+    needed.remove(("baton-bucket", "options"))  # rarely
     (mounted,) = {BATON["api"].mounted("/etc/baton-keys")["secret"]["secretName"]}
     folder, _, file = SETTINGS.api.keys_file.rpartition("/")
     needed.add((mounted, file))
     assert folder == "/etc/baton-keys"
-    assert needed == {("baton-redis", "password"), ("baton-keys", "keys.toml"), ("baton-monitoring", "token")}
+    (mount,) = [mount for mount in BATON["api"].container["volumeMounts"] if mount["mountPath"] == folder]
+    assert "subPath" not in mount  # then a change of the secret would not get there
+    assert needed == {
+        ("baton-redis", "password"), ("baton-redis", "url"), ("baton-keys", "keys.toml"), ("baton-monitoring", "token"),
+        ("baton-hub", "token"), ("baton-bucket", "url"), ("baton-bucket", "access-key-id"), ("baton-bucket", "secret-access-key"),
+    }  # fmt: skip
     readme = (DOCKER / "README.md").read_text()
     for secret, key in needed:
-        assert re.search(rf"create secret generic {secret} --from-(literal|file)=?\s*{re.escape(key)}=", readme), secret
+        assert re.search(rf"create secret generic {secret} .*--from-(literal|file)=?\s*{re.escape(key)}=", readme), (
+            secret
+        )
 
 
 def _secret_keys(value: Any) -> Iterator[dict[str, str]]:
@@ -409,9 +532,18 @@ def test_keda_goes_to_zero_and_holds_while_the_api_is_silent() -> None:
         assert (policy["type"], policy["value"]) == ("Pods", 1)
 
 
+def test_the_calm_before_there_are_fewer_is_batons_and_what_keda_adds_is_short() -> None:
+    policy = SETTINGS.autoscale
+    for found in of_kind(manifests("components/keda"), "ScaledObject").values():
+        behavior = found["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+        window_s = behavior["scaleDown"]["stabilizationWindowSeconds"]
+        assert policy.poll_s * 10 <= window_s <= policy.down_after_s / 4
+        assert policy.poll_s * 10 <= found["spec"]["cooldownPeriod"] <= policy.idle_s / 4
+        assert behavior["scaleUp"]["stabilizationWindowSeconds"] == 0
+
+
 def test_the_readmes_way_without_the_endpoint_reads_a_lane_by_its_length() -> None:
-    blocks = re.findall(r"^```yaml\n(.*?)^```", (DOCKER / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (spec,) = [found for block in blocks for found in objects_of(block) if "triggers" in found]
+    (spec,) = [found for block in readme_yaml() for found in objects_of(block) if "triggers" in found]
     found = of_kind(manifests("components/keda"), "ScaledObject")["decode"]
     assert faults({**found, "spec": {**found["spec"], **spec}}) == []
     (trigger,) = spec["triggers"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 from starlette.datastructures import Headers
 
 from api.guard import Caller, secret_of
@@ -23,7 +24,7 @@ from pipeline.api_keys import (
 )
 from pipeline.cli.keys import new_key, seconds_of, state_of
 from pipeline.errors import ConfigError
-from pipeline.key_store import read_keys_file
+from pipeline.key_store import KeysFile, read_keys_file
 
 DIGEST = "ab" * 32
 
@@ -156,6 +157,36 @@ def test_a_keys_file_is_read_and_what_is_wrong_is_named(tmp_path: Path) -> None:
             read_keys_file(str(file))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_keys_file(str(tmp_path / "none.toml"))
+
+
+def test_a_file_that_becomes_wrong_keeps_its_keys_until_it_is_right_again(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(f'[team]\ndigest = "{DIGEST}"\n')
+    file = KeysFile(str(path))
+    with structlog.testing.capture_logs() as lines:
+        file.look()
+        for _ in range(2):
+            path.write_text("[team")
+            file.look()
+        path.unlink()
+        file.look()
+        file.look()
+        assert list(file.keys) == [DIGEST]
+        path.write_text("")
+        file.look()
+        file.look()
+    assert file.keys == {}
+    assert [line["log_level"] for line in lines if line["log_level"] != "info"] == ["error"] * 2  # each once
+    assert "is not TOML" in lines[0]["error"]
+    assert "cannot be read" in lines[1]["error"]
+
+
+def test_a_file_of_keys_has_to_be_right_at_first(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        KeysFile(str(tmp_path / "none.toml"))
+    none = KeysFile("")
+    none.look()
+    assert none.keys == {}
 
 
 def test_a_new_key_keeps_no_secret() -> None:
