@@ -117,7 +117,7 @@ class QueueSettings(Section, frozen=True, kw_only=True):
     guard_ms: Amount = 10_000  # what has waited so long on a lower lane gets each eighth claim
     high: LaneSettings = LaneSettings()
     default: LaneSettings = LaneSettings(prefill_share=0.9)
-    low: LaneSettings = LaneSettings(prefill_share=0.5, step_share=0.05)
+    low: LaneSettings = LaneSettings(prefill_share=0.5, step_share=0.02)
 
     def lane(self, name: str) -> LaneSettings:
         """What holds for a lane, nothing left open. A worker's own lane is as good as the highest."""
@@ -306,6 +306,11 @@ class AutoscaleSettings(Section, frozen=True, kw_only=True):
     log_dir: str = ""  # where workers' lines go; empty: the terminal
     prefill: StageScaling = StageScaling()
     decode: StageScaling = StageScaling()
+
+    @property
+    def device_names(self) -> list[str]:
+        """The names in `devices`."""
+        return self.devices.replace(",", " ").split()
 
     def stage(self, name: str) -> StageScaling:
         """The bounds of a stage by its name."""

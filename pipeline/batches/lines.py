@@ -141,7 +141,7 @@ async def check(
     async for raw in lines:
         findings.lines, findings.total = raw.number + 1, findings.total + 1
         if findings.total == 1 and (form := _form_of(raw)):
-            what = f"the file is {form}: it is read as it is, send lines of JSON in UTF-8"
+            what = f"the file is {form}: expected lines of JSON in UTF-8, which it is not turned to here"
             findings.add(LineError("invalid_file", what, raw.number + 1))
             return findings
         if findings.total > most_lines:

@@ -161,7 +161,7 @@ def supervisors(
     say: Callable[[str], None], *, explain: bool = False,
 ) -> list[PoolSupervisor]:  # fmt: skip
     """One for each pool; they share the GPUs of this machine."""
-    gpus = Gpus(settings.autoscale.devices)
+    gpus = Gpus(settings.autoscale.device_names)
     return [
         PoolSupervisor(
             pool, settings.autoscale, connection, processes, gpus, say,

@@ -82,6 +82,8 @@ def endpoint_of(file: Path) -> str:
     """The url of the first line of a file. Raises ConfigError where there is none."""
     with file.open("rb") as lines:
         first = next((line for line in iter(lambda: lines.readline(FIRST_BYTES), b"") if line.strip()), b"")
+    if not first.strip():
+        raise ConfigError(f"{file}: there is no line in it: a batch needs at least one request")
     try:
         return msgspec.json.decode(first.removeprefix(b"\xef\xbb\xbf"), type=_WithUrl).url
     except UNREADABLE as error:

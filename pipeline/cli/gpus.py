@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -14,8 +14,8 @@ class Gpus:
     """Which pool has which. Shared by the supervisors of all pools of this process; another process that deals out the same ones, for
     another Redis perhaps, is kept off by a lock on a file each, which the kernel frees when its holder ends."""
 
-    def __init__(self, names: str, locks: Path | None = None) -> None:
-        self.names = names.replace(",", " ").split()
+    def __init__(self, names: Sequence[str], locks: Path | None = None) -> None:
+        self.names = names
         self._locks = locks
         self._taken: dict[str, tuple[str, int]] = {}  # the pool that has it, and the file that is locked for it
 

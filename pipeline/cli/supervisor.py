@@ -139,9 +139,11 @@ class PoolSupervisor:
             await self._lease.give_up()
 
     def kill(self) -> None:
-        """SIGKILL to all of them."""
+        """SIGKILL to all of them, for good."""
         for member in self._all():
-            member.worker.child.kill()
+            if member.worker.child.is_running:
+                member.phase = Phase.LEAVING
+                member.worker.child.kill()
 
     def phases(self) -> dict[str, list[Phase]]:
         """How far each of its workers is, by stage."""
@@ -382,8 +384,9 @@ class PoolSupervisor:
             await self._processes.give_back_tasks_of(member.worker)
         with contextlib.suppress(BatonError):
             await self._lease.leave(name)
-        if member.ending is not None:
-            await member.ending
+        if member.phase is Phase.LEAVING:
+            if member.ending is not None:
+                await member.ending
             is_early = code == -signal.SIGTERM and not member.has_served  # it did not listen to signals yet
             self._say(f"{label} has gone" if code == 0 or is_early else f"{label} {ending(code)} while it left")
             self._forget(member)

@@ -11,6 +11,7 @@ What cannot be believed holds: a stage with a missing or absurd signal stays as 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 from pipeline.config import AutoscaleSettings, StageScaling
@@ -103,6 +104,9 @@ def check(policy: AutoscaleSettings) -> None:
             raise ConfigError(
                 f"autoscale.{name}.min_workers: {bounds.min_workers} is more than max_workers, {bounds.max_workers}"
             )
+    for device, count in collections.Counter(policy.device_names).items():
+        if count > 1:
+            raise ConfigError(f"autoscale.devices: {device} is named {count} times")
     decode = max(policy.decode.min_workers, min(1, policy.decode.max_workers))
     least = gpus({"prefill": policy.prefill.min_workers, "decode": decode}, policy)
     if policy.gpu_budget and least > policy.gpu_budget:

@@ -161,7 +161,7 @@ async def supervised(system: System, folder: Path, report: Report, gpus: str = "
         module, connected, LogFiles(folder), say, max_attempts=50, batches=system.settings.batches
     )
     supervisor = PoolSupervisor(
-        POOL, system.settings.autoscale, connection, processes, Gpus(gpus), say,
+        POOL, system.settings.autoscale, connection, processes, Gpus(gpus.split()), say,
         drain_s=system.settings.worker.drain_s, lease_s=system.settings.worker.lease_s, rule=levels,
     )  # fmt: skip
     await supervisor.take()

@@ -259,9 +259,10 @@ def test_the_endpoint_is_that_of_the_first_line(tmp_path: Path) -> None:
     assert endpoint_of(file) == TEXTS
     file.write_text("\n\n" + json.dumps(chat_line("1")))
     assert endpoint_of(file) == CHATS
-    for wrong in ("", "no JSON\n", '{"custom_id": "1"}\n'):
+    says = "--endpoint says which one"
+    for wrong, said in (("", "no line"), ("\n\n", "no line"), ("no JSON\n", says), ('{"custom_id": "1"}\n', says)):
         file.write_text(wrong)
-        with pytest.raises(ConfigError, match="--endpoint says which one"):
+        with pytest.raises(ConfigError, match=said):
             endpoint_of(file)
 
 

@@ -62,7 +62,7 @@ def test_a_place_that_is_free_is_taken_again():
 
 
 def test_a_gpu_has_one_worker_until_that_has_ended(tmp_path: Path):
-    gpus = Gpus("0, 1 GPU-7", tmp_path)
+    gpus = Gpus(["0", "1", "GPU-7"], tmp_path)
     assert (gpus.take("a", 2), gpus.take("a", 2), gpus.take("b", 1)) == (("0", "1"), None, ("GPU-7",))
     assert (gpus.of_others("a"), gpus.of_others("b"), gpus.take("b", 1)) == (1, 2, None)
     gpus.give_back(("0",))
@@ -70,7 +70,7 @@ def test_a_gpu_has_one_worker_until_that_has_ended(tmp_path: Path):
 
 
 def test_who_else_deals_out_a_gpu_is_kept_off_as_long_as_it_is_taken(tmp_path: Path):
-    gpus, others = Gpus("0 1 MIG/7", tmp_path), Gpus("1 MIG/7 2", tmp_path)
+    gpus, others = Gpus(["0", "1", "MIG/7"], tmp_path), Gpus(["1", "MIG/7", "2"], tmp_path)
     assert (gpus.take("a", 2), others.take("a", 3)) == (("0", "1"), None)
     assert others.take("a", 2) == ("MIG/7", "2")  # what was locked in vain is free
     assert gpus.take("a", 1) is None
@@ -81,15 +81,15 @@ def test_who_else_deals_out_a_gpu_is_kept_off_as_long_as_it_is_taken(tmp_path: P
 
 
 def test_a_gpu_that_cannot_be_locked_is_not_ours(tmp_path: Path):
-    gpus = Gpus("0", tmp_path / "none")
+    gpus = Gpus(["0"], tmp_path / "none")
     assert (gpus.take("a", 1), gpus.of_others("a")) == (None, 1)
-    assert Gpus("", tmp_path / "none").take("a", 1) == ()
+    assert Gpus([], tmp_path / "none").take("a", 1) == ()
 
 
 def test_other_users_can_lock_what_one_has_made(tmp_path: Path):
     before = os.umask(0o077)
     try:
-        Gpus("0", tmp_path).take("a", 1)
+        Gpus(["0"], tmp_path).take("a", 1)
     finally:
         os.umask(before)
     (file,) = tmp_path.iterdir()
@@ -97,7 +97,7 @@ def test_other_users_can_lock_what_one_has_made(tmp_path: Path):
 
 
 def test_without_a_list_of_gpus_workers_find_theirs_themselves():
-    gpus = Gpus("")
+    gpus = Gpus([])
     assert (gpus.take("a", 1), gpus.take("a", 1)) == ((), ())
     assert environment_of(gpus.names, ()) == {}
     assert environment_of(["0", "1"], ("1",)) == {"CUDA_VISIBLE_DEVICES": "1"}

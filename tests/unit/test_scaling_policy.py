@@ -300,6 +300,7 @@ def test_with_one_gpu_decode_does_both():
     [
         (AutoscaleSettings(prefill=StageScaling(min_workers=3, max_workers=2)), "autoscale.prefill.min_workers"),
         (AutoscaleSettings(gpu_budget=3, decode=StageScaling(min_workers=2, gpus=2)), "autoscale.gpu_budget"),
+        (AutoscaleSettings(devices="0, 1 0"), "autoscale.devices: 0 is named 2 times"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(policy, named):
