@@ -23,6 +23,7 @@ NAMES = {
     "system": "tokens per second and CPU a token",
     "engine": "torch engine beside Hugging Face generate",
     "sampling": "what grammars, penalties and log probabilities cost (reference: 1 ms, or without them)",
+    "batches": "a batch alone (reference: a closed-loop client), live traffic beside one (reference: without); 20 minutes",
     "transfer": "transfer beside plain copies",
     "vllm": "torch engine beside vLLM",
 }
