@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,44 @@ async def test_a_request_whose_logits_are_not_finite_fails_alone(engines: Engine
         assert await decode.generate(request_of("fresh", prompt(90, 2), 30)) == await whole.generate(spoiled)
     await engine.close()
     await decode.reading
+
+
+class LateTransfer(BlockTransfer):
+    """Loses what it is to fetch, later."""
+
+    def __init__(self, settings: TransferSettings, name: str) -> None:
+        super().__init__(settings, name)
+        self.has_begun, self.may_fail = asyncio.Event(), asyncio.Event()
+
+    async def fetch(self, handle: KVHandle, into: BlockSink) -> None:
+        self.has_begun.set()
+        await self.may_fail.wait()
+        raise KVLost("its owner has gone", reason="gone")
+
+
+async def test_a_fetch_that_fails_when_nobody_waits_for_it_is_no_news(engines: Engines, short_dir: Path) -> None:
+    transfer = LateTransfer(TransferSettings(dir=str(short_dir), arena_bytes=2**23, slab_bytes=2**16), "late")
+    engine = load_engine(
+        PoolSettings(model=engines.model), EngineSettings(torch=TorchSettings(num_blocks=16)), transfer
+    )
+    assert isinstance(engine, PagedEngine)
+    await engine.start()
+    said = list[dict[str, Any]]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+    async with engines.engine() as whole:
+        request = request_of("r", prompt(40))
+        kv = (await whole.engine.prefill(request, Log.empty(1))).kv
+        call = asyncio.create_task(engine.decode(request, kv, Log(tokens=[[1]], finished=[None])))
+        await transfer.has_begun.wait()
+        call.cancel()
+        await asyncio.wait([call])
+        del call
+        transfer.may_fail.set()
+        await asyncio.sleep(0.01)
+    await engine.close()
+    gc.collect()
+    assert said == []
+    assert engine.stats().blocks_used == 0
 
 
 async def test_a_step_that_fails_as_a_whole_ends_the_engine(engines: Engines) -> None:

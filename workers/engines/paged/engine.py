@@ -235,10 +235,16 @@ class PagedEngine:
             block_nbytes=self.info.block_nbytes,
             skip=leader.computed // self._pool.block_size,
         )
-        job.transfer = asyncio.ensure_future(self._transfer.fetch(kv, sink))
-        await asyncio.shield(job.transfer)
+        job.transfer = fetch = asyncio.ensure_future(self._transfer.fetch(kv, sink))
+        fetch.add_done_callback(_noted)  # it may outlast the call, and fail when nobody waits for it any more
+        await asyncio.shield(fetch)
         self._require(job)
         self._stepper.join(job, kv.num_tokens)
+
+
+def _noted(ended: asyncio.Future[None]) -> None:
+    if not ended.cancelled():
+        ended.exception()
 
 
 def describe(runner: RunnerInfo) -> EngineInfo:
