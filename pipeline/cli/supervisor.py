@@ -228,15 +228,15 @@ class PoolSupervisor:
 
     def _note_rest(self, decision: Decision, policy: AutoscaleSettings, others: Mapping[str, int]) -> None:
         """Which stages nobody serves, or is to, and whether as many serve as there have to be, as far as there are GPUs."""
-        desired = {stage: decision.stage(stage).desired or 0 for stage in STAGES}
+        desired = {stage: decision.stage(stage).desired for stage in STAGES}
         self._asleep = {stage for stage in STAGES if not (self._members[stage] or others[stage] or desired[stage])}
-        if all(
-            self._is_served(stage, min(policy.stage(stage).min_workers, desired[stage]), others) for stage in STAGES
-        ):
+        if all(self._is_served(stage, desired[stage], policy, others) for stage in STAGES):
             self.is_ready.set()
 
-    def _is_served(self, stage: str, least: int, others: Mapping[str, int]) -> bool:
-        phases = self._phases(stage)
+    def _is_served(self, stage: str, desired: int | None, policy: AutoscaleSettings, others: Mapping[str, int]) -> bool:
+        least, phases = policy.stage(stage).min_workers, self._phases(stage)
+        if desired is not None:  # GPUs may not suffice for the minimum
+            least = min(least, desired)
         lacks = stage in self._lacking and Phase.STARTING not in phases
         return lacks or others[stage] + phases.count(Phase.WORKING) >= least
 
