@@ -50,5 +50,10 @@ def begun_in_thread(function: Callable[..., T], *args: Any) -> asyncio.Future[T]
 
     threading.Thread(target=work, name=function.__name__, daemon=True).start()
     call = asyncio.wrap_future(future)
-    call.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody may wait for it any more
+    left_alone(call)
     return call
+
+
+def left_alone(call: asyncio.Future[Any]) -> None:
+    """It may outlast who waits for it; that it fails then is no error."""
+    call.add_done_callback(lambda ended: ended.cancelled() or ended.exception())

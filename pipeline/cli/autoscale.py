@@ -19,13 +19,13 @@ from pathlib import Path
 from pipeline.cli.children import Lines, LogFiles, Terminal
 from pipeline.cli.gpus import Gpus
 from pipeline.cli.options import Given
-from pipeline.cli.stopping import on_stop
+from pipeline.cli.stopping import until_stopped
 from pipeline.cli.supervisor import PoolSupervisor
 from pipeline.cli.worker_processes import WorkerProcesses
 from pipeline.config import Settings
 from pipeline.connection import Connection
-from pipeline.errors import BatonError, ConfigError
-from pipeline.exits import Exit, exit_for
+from pipeline.errors import ConfigError
+from pipeline.exits import Exit
 from pipeline.queue import STAGES
 from pipeline.redis_server import running_redis
 from pipeline.scaling.policy import Decision, check
@@ -82,25 +82,15 @@ class Autoscale:
         self._explain = explain
         self._redis = running_redis(settings.redis)
         self._terminal = Terminal(["autoscale"])
-        self._signals = 0
         self._supervisors: list[PoolSupervisor] = []
 
     async def run(self) -> int:
         """Takes the pools, scales them, drains; returns the exit code."""
         async with self._connected() as connection:
-            scaling = asyncio.ensure_future(self._scale(connection))
-            on_stop(self._on_signal, scaling)
-            try:
-                await scaling
-            except asyncio.CancelledError:
-                pass  # by a signal
-            except BatonError as error:
-                self._say(str(error))
-                return exit_for(error)
-            finally:
-                await self._drain()
-        self._say("stopped")
-        return Exit.OK if self._signals <= 1 else Exit.INTERRUPTED
+            code = await until_stopped(self._scale(connection), self._drain, self._kill, self._say)
+        if code in (Exit.OK, Exit.INTERRUPTED):
+            self._say("stopped")
+        return code
 
     async def _scale(self, connection: Connection) -> None:
         await connection.reach()
@@ -120,16 +110,11 @@ class Autoscale:
         await run_all(self._supervisors)
 
     async def _drain(self) -> None:
-        """Not in the task that scales: a signal that ends that one must not end this."""
         if self._supervisors:
             self._say("workers finish what they hold (Ctrl-C again kills)")
         await drain_all(self._supervisors)
 
-    def _on_signal(self, scaling: asyncio.Future[None]) -> None:
-        self._signals += 1
-        if self._signals == 1:
-            scaling.cancel()
-            return
+    def _kill(self) -> None:
         self._say("killing all workers")
         for supervisor in self._supervisors:
             supervisor.kill()

@@ -80,10 +80,8 @@ class Terminal:
             self._console.print(text, end=end)
         except SystemExit:  # rich's answer to a pipe that nobody reads; it is quiet from now on
             pass
-        except (
-            OSError,
-            ValueError,
-        ):  # full, gone, or of an encoding without it; a console would print what failed once more, each time
+        except (OSError, ValueError):  # full, gone, or of an encoding without it
+            # a console prints what failed once more, each time
             self._console = _console()
 
     @contextlib.contextmanager

@@ -35,13 +35,13 @@ from pipeline.cli.autoscale import drain_all, run_all, supervisors
 from pipeline.cli.children import Child, ChildEnded, Restarts, Terminal
 from pipeline.cli.openai_stream import stream_chat
 from pipeline.cli.options import Given, api_headers, api_url
-from pipeline.cli.stopping import on_stop
+from pipeline.cli.stopping import until_stopped
 from pipeline.cli.supervisor import PoolSupervisor
 from pipeline.cli.worker_processes import Worker, WorkerPlace, WorkerProcesses
 from pipeline.config import PoolSettings, Settings
 from pipeline.connection import Connection
 from pipeline.errors import BatonError, RedisUnavailable
-from pipeline.exits import Exit, PortTaken, exit_for
+from pipeline.exits import PortTaken
 from pipeline.key_store import KeyStore, read_keys_file
 from pipeline.keys import PoolKeys
 from pipeline.processes import ending
@@ -135,22 +135,10 @@ class Up:
         self._stack = contextlib.AsyncExitStack()
         self._is_ready = False
         self._needs_key = False
-        self._signals = 0
 
     async def run(self) -> int:
         """Starts, serves, stops; returns the exit code."""
-        serving = asyncio.ensure_future(self._serve())
-        on_stop(self._on_signal, serving)
-        try:
-            await serving
-        except asyncio.CancelledError:
-            pass  # by a signal
-        except BatonError as error:
-            self._say(str(error))
-            return exit_for(error)
-        finally:
-            await self._drain()
-        return Exit.OK if self._signals <= 1 else Exit.INTERRUPTED
+        return await until_stopped(self._serve(), self._drain, self._kill, self._say)
 
     # -- start ------------------------------------------------------------------------------------------------------------
 
@@ -339,11 +327,7 @@ class Up:
 
     # -- stop -------------------------------------------------------------------------------------------------------------
 
-    def _on_signal(self, serving: asyncio.Future[None]) -> None:
-        self._signals += 1
-        if self._signals == 1:
-            serving.cancel()
-            return
+    def _kill(self) -> None:
         self._say("killing everything")
         for child in (self._api, *(worker.child for worker in self._workers)):
             child.kill()

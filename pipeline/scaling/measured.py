@@ -13,9 +13,7 @@ from pipeline.scaling.reading import Reading, StageReading
 from pipeline.scaling.signals import UNPROMISED, LaneSignals, PoolSignals, Speeds, StageSignals
 
 SLOWLY = 0.2  # of what is new, a look at workers that worked since the last one
-LOOKS = (
-    5  # whose step times the time between two tokens is the median of: a step that compiles something is none of them
-)
+LOOKS = 5  # whose step times the time between two tokens is the median of: one step that compiles does not count
 ANSWERS = 50  # answers, of whose lengths the moving average is one
 MOST_OF_BLOCKS = 0.85  # of a worker's blocks: what is above preempts
 

@@ -78,9 +78,7 @@ class BatchWorker(Worker):
     teller: TellerProcess
     beat: Beat
     is_leaving = False
-    pools_answer = (
-        True  # whether Baton's own Redis did, when it was looked for batches; while one runs its own process asks
-    )
+    pools_answer = True  # whether Baton's own Redis did, when it was looked for batches last
     max_connection_wait_time = 10.0  # rq does not beat while it waits for its Redis: probes must see it live
     swept_s = 0.0  # when everything was looked at that batches may have left
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from pipeline.errors import ConfigError, EngineDied, Unservable
 from pipeline.kv_events import KVEvent
 from pipeline.protocol import BackendInput, KVHandle, LLMEngineOutput, Log
+from pipeline.waiting import left_alone
 from workers.engine import EngineInfo, EngineStats, Prefilled
 from workers.engines.paged.blocks import BlockPool
 from workers.engines.paged.exchange import ExportedBlocks, FetchedBlocks
@@ -235,16 +236,11 @@ class PagedEngine:
             block_nbytes=self.info.block_nbytes,
             skip=leader.computed // self._pool.block_size,
         )
-        job.transfer = fetch = asyncio.ensure_future(self._transfer.fetch(kv, sink))
-        fetch.add_done_callback(_noted)  # it may outlast the call, and fail when nobody waits for it any more
-        await asyncio.shield(fetch)
+        job.transfer = asyncio.ensure_future(self._transfer.fetch(kv, sink))
+        left_alone(job.transfer)
+        await asyncio.shield(job.transfer)
         self._require(job)
         self._stepper.join(job, kv.num_tokens)
-
-
-def _noted(ended: asyncio.Future[None]) -> None:
-    if not ended.cancelled():
-        ended.exception()
 
 
 def describe(runner: RunnerInfo) -> EngineInfo:
